@@ -1,0 +1,24 @@
+"""The one error root and the one warning category; both say what to do next."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LoraError(ValueError):
+    """Something the caller can put right: which argument, what it got, what is allowed, what to do."""
+
+
+class LoraWarning(UserWarning):
+    """A choice or a loss that the caller should know of."""
+
+
+def near(name: str, known: Iterable[str], count: int = 4) -> str:
+    """`; near names: ...`, or the first few known ones when none is near; empty when there are none."""
+    known = list(dict.fromkeys(known))
+    if not known:
+        return ""
+    close = get_close_matches(name, known, n=count, cutoff=0.5)
+    if close:
+        return f"; near names: {', '.join(close)}"
+    more = ", ..." if len(known) > 3 * count else ""
+    return f"; there is: {', '.join(known[: 3 * count])}{more}"

@@ -1,0 +1,63 @@
+"""Which base an adapter was trained on: names and shapes of its targets, and a few dozen of their weights."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .weights import FrozenWeight
+
+SAMPLES = 48
+
+
+def fingerprint(weights: dict[str, FrozenWeight]) -> str:
+    """JSON: a hash of names and shapes, the dtype, and samples [module, row, column, value] spread over the targets.
+
+    Weights on the meta device have no values to sample.
+    """
+    samples: list[list[Any]] = []
+    names = list(weights)
+    real = [name for name in names if not weights[name].parameter.is_meta]
+    for i in range(SAMPLES if real else 0):
+        name = real[i * len(real) // SAMPLES]
+        rows, columns = weights[name].shape
+        # Fixed but scattered places; multiplicative steps do not run along a row or a column.
+        row, column = (i * 2654435761 + 12345) % rows, (i * 40503 + 6789) % columns
+        samples.append([name, row, column, float(weights[name].dense()[row, column])])
+    dtype = str(weights[names[0]].parameter.dtype).removeprefix("torch.") if names else None
+    return json.dumps({"layout": layout(weights), "dtype": dtype, "samples": samples})
+
+
+def layout(weights: dict[str, FrozenWeight]) -> str:
+    return hashlib.sha256(json.dumps({n: weights[n].shape for n in sorted(weights)}).encode()).hexdigest()
+
+
+def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
+    """What tells this base from the recorded one, or None when it is the same to within the coarser dtype's rounding."""
+    known = json.loads(recorded)
+    if known["layout"] != layout(weights):
+        return "its targets have other names or shapes"
+    missed = []
+    checked = 0
+    for name, row, column, value in known["samples"]:
+        weight = weights[name]
+        if weight.parameter.is_meta:
+            continue
+        checked += 1
+        here = weight.dense()[row, column]
+        if not _same(here, value, getattr(torch, known["dtype"])):
+            missed.append(f"{name}[{row}, {column}] is {float(here):.6g}, was {value:.6g}")
+    if not missed:
+        return None
+    return f"{len(missed)} of {checked} sampled weights differ, such as {missed[0]}"
+
+
+def _same(here: Tensor, value: float, dtype: torch.dtype) -> bool:
+    """Equal up to one rounding to the coarser of the two dtypes."""
+    tolerance = 0.0
+    for kind in (here.dtype, dtype):
+        info = torch.finfo(kind)
+        tolerance = max(tolerance, info.eps * abs(value), info.smallest_normal * info.eps)
+    return abs(float(here) - value) <= tolerance

@@ -1,0 +1,30 @@
+"""A module that an adapter trains whole: it works on its own copy while the adapter acts."""
+
+from typing import Any
+
+from torch import nn
+
+from .base import Adapters, LoraLayer
+
+
+class Whole(nn.Module):
+    """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own."""
+
+    def __init__(self, module: nn.Module, trained: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module = module
+        self.trained = trained
+
+
+class WholeLayer(LoraLayer):
+    """A module while an adapter's copy of it acts in its place."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.lora.terms[-1].module(*args, **kwargs)
+
+
+class WholeAdapters(Adapters):
+    """The copies of one module, by adapter."""
+
+    layer = WholeLayer
+    terms: tuple[Whole, ...]

