@@ -97,6 +97,8 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
         return False
     return all(
         left[k].dtype == right[k].dtype
-        and torch.equal(left[k].contiguous().view(-1).view(torch.uint8), right[k].contiguous().view(-1).view(torch.uint8))
+        and torch.equal(
+            left[k].contiguous().view(-1).view(torch.uint8), right[k].contiguous().view(-1).view(torch.uint8)
+        )
         for k in left
     )

@@ -87,7 +87,7 @@ def load(
     targets = select(root, config, loading=True)
     if not targets:
         raise LoraError(f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of this model")
-    parts = low_rank_parts(targets, config) + whole_parts(root, targets, config, loading=True)
+    parts = low_rank_parts(targets, config, loading=True) + whole_parts(root, targets, config, loading=True)
     _fill(root, folder, parts, tensors)
     if check:
         _check_origin(folder, found, header, {n: _weight(m) for n, m in targets.items()})
@@ -98,16 +98,14 @@ def load(
 def keys_of(part: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of one adapter's part on the module `name`, by their keys in the file."""
     if isinstance(part, LowRank):
-        keys = {f"{PREFIX}{name}.lora_A.weight": part.A, f"{PREFIX}{name}.lora_B.weight": part.B}
+        keys: dict[str, Tensor] = {f"{PREFIX}{name}.lora_A.weight": part.A, f"{PREFIX}{name}.lora_B.weight": part.B}
         if part.bias is not None:
             keys[f"{PREFIX}{name}.base_layer.bias"] = part.bias
         return keys
     assert isinstance(part, Whole)
-    trained = {n: t for n, t in part.module.named_parameters(remove_duplicate=False) if n in part.trained}
-    buffers = part.module.state_dict().keys() - dict(part.module.named_parameters(remove_duplicate=False)).keys()
-    if set(part.trained) != {"bias"}:
-        trained |= {n: t for n, t in part.module.named_buffers() if n in buffers}
-    return {f"{PREFIX}{name}.{n}": t for n, t in trained.items()}
+    state = part.module.state_dict(keep_vars=True)
+    frozen = dict(part.module.named_parameters(remove_duplicate=False)).keys() - set(part.trained)
+    return {f"{PREFIX}{name}.{n}": t for n, t in state.items() if n not in frozen}
 
 
 def _weight(module: nn.Module) -> FrozenWeight:
@@ -151,13 +149,22 @@ def checksum(tensors: dict[str, Tensor]) -> str:
         tensor = tensors[key].contiguous()
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            total.update(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            total.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def config_digest(config: dict[str, Any]) -> str:
     """What of the configuration gives the tensors their meaning; the two files of a save belong together by it."""
-    keys = ("r", "lora_alpha", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save")
+    keys = (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "modules_to_save",
+    )
     return hashlib.sha256(json.dumps([config.get(k) for k in keys], sort_keys=True).encode()).hexdigest()
 
 
@@ -187,7 +194,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     file = folder / TENSOR_FILE
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        why = "only adapter_model.bin, a pickle, which can run code and is never read; convert it" if pickled else "none"
+        why = (
+            "only adapter_model.bin, a pickle, which can run code and is never read; convert it" if pickled else "none"
+        )
         raise LoraError(f"path: {str(folder)!r} should have {TENSOR_FILE} and has {why}")
     try:
         with safe_open(file, "pt") as opened:
@@ -228,9 +237,8 @@ def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, T
         raise LoraError(f"{folder}: its tensors do not fit this model with its {CONFIG_FILE}; " + "; ".join(problems))
     for host, _, part in parts:
         for key, target in keys_of(part, names[host]).items():
-            device = "cpu" if target.is_meta else target.device
             # A copy: what the file's reader gives may be a view of the file.
-            target.data = tensors[key].to(device, target.dtype, copy=True)
+            target.data = tensors[key].to(target.device, target.dtype, copy=True)
 
 
 def _is_base_copy(root: nn.Module, key: str, value: Tensor) -> bool:
@@ -241,7 +249,9 @@ def _is_base_copy(root: nn.Module, key: str, value: Tensor) -> bool:
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
-def _check_origin(folder: Path, found: dict[str, Any], header: dict[str, str], weights: dict[str, FrozenWeight]) -> None:
+def _check_origin(
+    folder: Path, found: dict[str, Any], header: dict[str, str], weights: dict[str, FrozenWeight]
+) -> None:
     again = "if that is meant, lora.load(..., check=False)"
     if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
         raise LoraError(
@@ -249,6 +259,6 @@ def _check_origin(folder: Path, found: dict[str, Any], header: dict[str, str], w
             f"{again}"
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
-        raise LoraError(f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}")
-
-
+        raise LoraError(
+            f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
+        )

@@ -25,7 +25,7 @@ def fingerprint(weights: dict[str, FrozenWeight]) -> str:
         rows, columns = weights[name].shape
         # Fixed but scattered places; multiplicative steps do not run along a row or a column.
         row, column = (i * 2654435761 + 12345) % rows, (i * 40503 + 6789) % columns
-        samples.append([name, row, column, float(weights[name].dense()[row, column])])
+        samples.append([name, row, column, weights[name].dense()[row, column].item()])
     dtype = str(weights[names[0]].parameter.dtype).removeprefix("torch.") if names else None
     return json.dumps({"layout": layout(weights), "dtype": dtype, "samples": samples})
 
@@ -46,7 +46,7 @@ def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
         if weight.parameter.is_meta:
             continue
         checked += 1
-        here = weight.dense()[row, column]
+        here = weight.dense()[row, column].detach()
         if not _same(here, value, getattr(torch, known["dtype"])):
             missed.append(f"{name}[{row}, {column}] is {float(here):.6g}, was {value:.6g}")
     if not missed:

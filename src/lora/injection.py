@@ -4,13 +4,14 @@ import copy
 import warnings
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from .resident import activate_all, resident, unwrap
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
 from .layers.base import adapters_of, attach, base_modules, hosts
+from .resident import activate_all, resident, unwrap
 from .targets import check_called, default_targets, select
 from .weights import weight_of
 
@@ -69,23 +70,29 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     return Adapter(name, config, before, extra or {})
 
 
-def low_rank_parts(targets: dict[str, nn.Module], config: LoraConfig) -> list[Part]:
-    """A fresh LowRank for each target."""
+def low_rank_parts(targets: dict[str, nn.Module], config: LoraConfig, loading: bool = False) -> list[Part]:
+    """A fresh LowRank for each target; when loading, one with nothing drawn."""
     parts: list[Part] = []
     for name, module in targets.items():
         if hasattr(module, "lora") and not isinstance(adapters_of(module), LinearAdapters):
             raise LoraError(f"targets: {name!r} has an attribute `lora` that is not ours, or is trained whole already")
         weight = weight_of(module)
         assert weight is not None
-        part = LowRank.fresh(weight, config.rank(name), config.scaling(name), config.dropout, config.init)
+        init = None if loading else config.init
+        part = LowRank.fresh(weight, config.rank(name), config.scaling(name), config.dropout, init)
         bias = getattr(module, "bias", None)
         if config.bias != "none" and bias is not None:
-            part.bias = nn.Parameter(bias.detach().float().clone())
+            start = (
+                torch.empty(bias.shape, device=part.B.device) if loading else bias.detach().to(torch.float32, copy=True)
+            )
+            part.bias = nn.Parameter(start)
         parts.append((module, LinearAdapters, part))
     return parts
 
 
-def whole_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool = False) -> list[Part]:
+def whole_parts(
+    root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool = False
+) -> list[Part]:
     """A copy of each module to train whole, and of each with a bias to train that is no target.
 
     What the copies share stays shared: tied parameters are tied in the copies, and what does not train is the
@@ -155,4 +162,3 @@ def _check_whole(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[st
                     f"train: {trained[id(p)]!r} is tied to '{owner}.{n}', and training one alone would part them; "
                     f"name both, train=[..., {owner!r}], or untie them first"
                 )
-

@@ -91,7 +91,9 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         raise LoraError("model: its adapters are merged already; call lora.unmerge(model) first")
     names = acting(root)
     if not names:
-        raise LoraError(f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}")
+        raise LoraError(
+            f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
+        )
     idle = [name for name in resident(root) if name not in names]
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
@@ -195,12 +197,14 @@ def _merge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> tuple
         patches.append(Patch(old, (new - update).to(old.dtype)))
         merged.append((rows, new))
         change = (new.to(update.dtype) - old).double()
-        sums += torch.stack([(change * update).sum(), update.double().square().sum(), (change - update).square().sum()]).cpu()
+        sums += torch.stack(
+            [(change * update).sum(), update.double().square().sum(), (change - update).square().sum()]
+        ).cpu()
     along, norm, lost = sums.tolist()
-    bias, old_bias = shifted_bias(host.bias, adapters.terms), None  # type: ignore[arg-type]
-    if bias is not host.bias:
-        old_bias = host.bias.detach().clone()  # type: ignore[union-attr,operator]
-        host.bias.copy_(bias)  # type: ignore[union-attr,operator]
+    bias, old_bias = host._parameters.get("bias"), None
+    if bias is not None:
+        old_bias = bias.detach().clone()
+        bias.copy_(shifted_bias(old_bias, adapters.terms))
     for rows, new in merged:
         weight.write_(rows, new)
     kept, noise = (along / norm, math.sqrt(lost / norm)) if norm else (1.0, 0.0)
@@ -226,7 +230,7 @@ def _unmerge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> Non
     for rows, old in restored:
         weight.write_(rows, old)
     if undo.bias is not None:
-        host.bias.copy_(undo.bias)  # type: ignore[union-attr,operator]
+        host.get_parameter("bias").copy_(undo.bias)
 
 
 def _update_blocks(adapters: LinearAdapters) -> Iterator[tuple[slice, Tensor]]:

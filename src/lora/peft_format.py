@@ -126,5 +126,3 @@ def _target_modules(config: LoraConfig, targets: list[str], modules: dict[str, n
     leaves = sorted({name.rpartition(".")[2] for name in targets})
     found = [name for name in modules if matches(leaves, name) and not matches(config.exclude, name)]
     return leaves if sorted(found) == sorted(targets) else sorted(targets)
-
-

@@ -17,7 +17,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     right = [bool(rows) and all(re.match(r"[-\d]", row[i]) for row in rows) for i in range(len(header))]
-    shown = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip() for line in lines]
+    shown = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in lines
+    ]
     return "\n".join([shown[0], "-" * (sum(widths) + 2 * len(widths) - 2), *shown[1:]])
 
 
@@ -55,7 +58,15 @@ class Summary:
 
     def __str__(self) -> str:
         rows = [
-            [r.adapter, r.target, r.kind, size(r.shape), "" if r.r is None else str(r.r), str(r.layers), f"{r.parameters:,}"]
+            [
+                r.adapter,
+                r.target,
+                r.kind,
+                size(r.shape),
+                "" if r.r is None else str(r.r),
+                str(r.layers),
+                f"{r.parameters:,}",
+            ]
             for r in self.rows
         ]
         state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
 from .layers.base import adapters_of, base_modules
-from .weights import is_conv1d, weight_of
+from .weights import weight_of
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -92,7 +93,7 @@ def check_called(model: nn.Module, argument: str, name: str) -> None:
 def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
     """Refuse a linear whose own forward would not be what the library takes it for, or would never be called."""
     check_called(model, "targets", name)
-    kind = type(module) if (own := adapters_of(module)) is None else own.original
+    kind: Any = type(module) if (own := adapters_of(module)) is None else own.original
     plain = next((c for c in kind.__mro__ if c is nn.Linear or c.__qualname__ == "Conv1D"), nn.Linear)
     if kind.forward is not plain.forward:
         raise LoraError(
@@ -128,7 +129,9 @@ def _matching(
     for target in [] if loading else targets or []:
         fits = [name for name in modules if matches([target], name)]
         if not fits:
-            raise LoraError(f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(linear))}")
+            raise LoraError(
+                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(linear))}"
+            )
         for name in fits:
             if name not in linear:
                 kind = type(modules[name])

@@ -59,7 +59,9 @@ class Transposed(Dense):
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, told without an import of transformers."""
-    return any(c.__qualname__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return any(
+        c.__qualname__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
+    )
 
 
 def weight_of(module: nn.Module) -> FrozenWeight | None:

@@ -5,11 +5,10 @@ submodule, `lora`. While at least one of them acts, the host's class is a subcla
 `forward`; at rest, merged or disabled, it has its own class again and runs its bare operation.
 """
 
-import functools
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, overload
 
 from torch import nn
 
@@ -36,14 +35,20 @@ class LoraLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy name the two classes that it is made of.
-        make, (cls,), *rest = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        make, (cls,), *rest = reduced
         return _revive, (make, cls.__mro__[1], cls.original), *rest
 
 
-@functools.cache
+_CLASSES: dict[tuple[Any, Any], type[LoraLayer]] = {}
+
+
 def acting_class(layer: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
-    """The subclass of `original` that `layer` makes of it."""
-    return type(f"{layer.__name__}[{original.__name__}]", (layer, original), {"original": original})
+    """The subclass of `original` that `layer` makes of it; one for each pair, so that compiled code stays valid."""
+    if (layer, original) not in _CLASSES:
+        name = f"{layer.__name__}[{original.__name__}]"
+        _CLASSES[layer, original] = type(name, (layer, original), {"original": original})
+    return _CLASSES[layer, original]
 
 
 def _revive(make: Any, layer: type[LoraLayer], original: type[nn.Module]) -> Any:
@@ -72,6 +77,12 @@ class Adapters(nn.Module):
     def __getitem__(self, name: str) -> Any:
         return self._modules[name]
 
+    def train(self, mode: bool = True) -> "Adapters":
+        self.__dict__["training"] = mode  # not by attribute: a child may be called that
+        for child in self.children():
+            child.train(mode)
+        return self
+
     def extra_repr(self) -> str:
         return f"active={list(self.active)}{', merged' if self.undo is not None else ''}"
 
@@ -97,7 +108,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
-def hosts(model: nn.Module, kind: type[AdaptersT] = Adapters) -> Iterator[tuple[str, nn.Module, AdaptersT]]:  # type: ignore[assignment]
+@overload
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]: ...
+@overload
+def hosts(model: nn.Module, kind: type[AdaptersT]) -> Iterator[tuple[str, nn.Module, AdaptersT]]: ...
+def hosts(model: nn.Module, kind: type[Adapters] = Adapters) -> Iterator[tuple[str, nn.Module, Adapters]]:
     """(full name, host, its adapters) for each module that carries adapters, once each, in the model's order."""
     for name, module in model.named_modules():
         found = adapters_of(module)
@@ -111,8 +126,8 @@ def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Mod
     if adapters is None:
         adapters = kind(host)
         host.lora = adapters
-    part.train(host.training)
     adapters._modules[adapter.name] = part
+    adapters.train(host.training)
     adapters.records[adapter.name] = adapter
 
 

@@ -1,5 +1,7 @@
 """The low-rank update of a linear map."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -8,15 +10,15 @@ from ..ops import lora_linear
 from ..weights import FrozenWeight, weight_of
 from .base import Adapters, LoraLayer
 
+BiasT = TypeVar("BiasT", Tensor, Tensor | None)
+
 
 class LowRank(nn.Module):
     """One adapter's part on one linear: A (r, in) and B (out, r), fp32, and the trained bias (out,) or None."""
 
     bias: Tensor | None
 
-    def __init__(
-        self, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None
-    ) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
@@ -25,13 +27,19 @@ class LowRank(nn.Module):
         self.dropout = dropout
 
     @classmethod
-    def fresh(cls, weight: FrozenWeight, r: int, scaling: float, dropout: float, init: str) -> "LowRank":
-        """A new part for a weight, on its device (meta included): A drawn, B zero."""
+    def fresh(cls, weight: FrozenWeight, r: int, scaling: float, dropout: float, init: str | None) -> "LowRank":
+        """A new part for a weight, on its device: A drawn and B zero, or both to be filled when `init` is None.
+
+        A part to be filled is never on the meta device, so that an adapter can come before its base's weights.
+        """
         out_features, in_features = weight.shape
         device = weight.parameter.device
+        if init is None and device.type == "meta":
+            device = torch.device("cpu")
         A = torch.empty(r, in_features, device=device, dtype=torch.float32)
         B = torch.empty(out_features, r, device=device, dtype=torch.float32)
-        init_(A, B, init)
+        if init is not None:
+            init_(A, B, init)
         return cls(A, B, scaling, dropout)
 
     @property
@@ -68,13 +76,12 @@ class LinearAdapters(Adapters):
         self.frozen = weight
 
 
-def shifted_bias(base: Tensor | None, terms: tuple[LowRank, ...]) -> Tensor | None:
-    """base + sum of (trained - base) in fp32: the biases of several adapters add, a fresh one changes no bit."""
+def shifted_bias(base: BiasT, terms: tuple[LowRank, ...]) -> BiasT:
+    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself."""
     trained = [t.bias for t in terms if t.bias is not None]
     if base is None or not trained:
         return base
-    start = base.to(torch.promote_types(base.dtype, torch.float32))
-    total = start
-    for bias in trained:
-        total = total + (bias - start)
+    total = trained[0]
+    for bias in trained[1:]:
+        total = total + (bias - base)
     return total.to(base.dtype)
