@@ -255,7 +255,7 @@ def _check_origin(
     again = "if that is meant, lora.load(..., check=False)"
     if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
         raise LoraError(
-            f"{folder}: {CONFIG_FILE} is not the one that was saved with the tensors (edited, or half of another save); "
+            f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); "
             f"{again}"
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:

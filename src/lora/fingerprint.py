@@ -35,7 +35,7 @@ def layout(weights: dict[str, FrozenWeight]) -> str:
 
 
 def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
-    """What tells this base from the recorded one, or None when it is the same to within the coarser dtype's rounding."""
+    """What tells this base from the recorded one; None when they agree to within the coarser dtype's rounding."""
     known = json.loads(recorded)
     if known["layout"] != layout(weights):
         return "its targets have other names or shapes"

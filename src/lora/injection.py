@@ -59,7 +59,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     others = resident(root)
     if name in others:
         raise LoraError(
-            f"name: the model already has an adapter {name!r}; choose another name=, or lora.remove(model, {name!r}) first"
+            f"name: the model already has an adapter {name!r}; give another name=, or lora.remove(model, {name!r})"
         )
     if any(adapters.undo is not None for _, _, adapters in hosts(root)):
         raise LoraError("model: its adapters are merged into the weights; call lora.unmerge(model) first")

@@ -1,4 +1,4 @@
-"""What a model carries, asked and changed over all its hosts at once. The hosts hold the state; nothing is on the model."""
+"""What a model carries, asked and changed over all its hosts at once; the hosts hold the state, not the model."""
 
 from collections.abc import Iterable
 

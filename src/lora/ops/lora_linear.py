@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +21,16 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterabl
     Returns:
         (..., out), in the dtype that x W0^T has (autocast's, where it is on).
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # In place on a 2-D result: no second output, and no copy of a view's gradient in the backward pass.
     y = F.linear(rows, weight, bias)
     for A, B, scaling, dropout in updates:
         dropped = F.dropout(rows, dropout) if dropout else rows
-        hidden = F.linear(dropped, A.to(rows.dtype))  # (n, r)
-        y = y.addmm_(hidden.to(y.dtype), B.to(y.dtype).t(), alpha=scaling)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        hidden = F.linear(dropped, as_dtype(A, rows.dtype))  # (n, r)
+        y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
+    return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without the microsecond that it costs where nothing is to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
