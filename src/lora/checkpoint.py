@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from .fingerprint import difference, fingerprint
 from .injection import Part, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
 from .layers.base import hosts
-from .peft_format import CONFIG_FILE, PREFIX, TENSOR_FILE, from_peft, to_peft
+from .peft_format import from_peft, to_peft
 from .resident import is_merged, resident, unwrap
 from .targets import select
+from .tensor_file import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, read_header, seal, verified
 from .weights import FrozenWeight, weight_of
 
-CHECKSUM, BASE, CONFIG_DIGEST = "lora.sha256", "lora.base", "lora.config"
+BASE, CONFIG_DIGEST = "lora.base", "lora.config"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -130,7 +130,7 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
     plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
     metadata = {
         "format": "pt",
-        CHECKSUM: checksum(plain),
+        CHECKSUM: BLANK,
         BASE: fingerprint(weights),
         CONFIG_DIGEST: config_digest(config),
     }
@@ -139,18 +139,8 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / CONFIG_FILE) as config_file, replaced(folder / TENSOR_FILE) as tensor_file:
         save_file(plain, tensor_file, metadata)
+        seal(tensor_file)
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            total.update(tensor.view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def config_digest(config: dict[str, Any]) -> str:
@@ -189,24 +179,25 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         LoraError: no file, only a pickle, or damage.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     file = folder / TENSOR_FILE
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        why = (
-            "only adapter_model.bin, a pickle, which can run code and is never read; convert it" if pickled else "none"
+        has = (
+            "only adapter_model.bin, a pickle; these can run code and are never read, so convert it"
+            if pickled
+            else "none"
         )
-        raise LoraError(f"path: {str(folder)!r} should have {TENSOR_FILE} and has {why}")
+        raise LoraError(f"path: {str(folder)!r} should have {TENSOR_FILE} and has {has}")
+    _, metadata = read_header(file)
+    if verified(file, metadata) is False:
+        raise LoraError(f"{file}: it does not match its checksum, so it was damaged; copy it again")
     try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError, struct.error) as error:
-        raise LoraError(f"{file}: damaged or cut short ({error}); copy it again") from None
-    if CHECKSUM in header and header[CHECKSUM] != checksum(tensors):
-        raise LoraError(f"{file}: its tensors do not match their checksum; the file was damaged, copy it again")
-    return tensors, header
+        return load_file(file), metadata
+    except SafetensorError as error:
+        raise LoraError(f"{file}: damaged ({error}); copy it again") from None
 
 
 def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:
@@ -255,8 +246,7 @@ def _check_origin(
     again = "if that is meant, lora.load(..., check=False)"
     if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
         raise LoraError(
-            f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); "
-            f"{again}"
+            f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
         raise LoraError(

@@ -116,7 +116,19 @@ def whole_parts(
                 chosen[name] = biases
     _check_whole(root, modules, chosen)
     memo = _shared(modules, chosen)
-    return [(modules[n], WholeAdapters, Whole(copy.deepcopy(modules[n], memo), t)) for n, t in chosen.items()]
+    return [(modules[n], WholeAdapters, Whole(_bare_copy(modules[n], memo), t)) for n, t in chosen.items()]
+
+
+def _bare_copy(host: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a module as its base made it, without the adapters that it may carry."""
+    adapters = adapters_of(host)
+    if adapters is None:
+        return copy.deepcopy(host, memo)
+    memo[id(adapters)] = None
+    bare = copy.deepcopy(host, memo)
+    bare.__class__ = adapters.original
+    del bare._modules["lora"]
+    return bare
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:

@@ -10,10 +10,6 @@ from .errors import LoraError
 from .layers.base import Adapter, base_modules
 from .weights import is_conv1d
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
 # Ours -> PEFT's, where both say the same.
 _SAME = {
     "r": "r",
