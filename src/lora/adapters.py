@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .config import check_name
 from .errors import LoraError, near
 from .layers import WholeAdapters
 from .layers.base import activate as activate_host
@@ -25,7 +26,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
     chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
     there = resident(root)
     for name in chosen:
-        if name not in there:
+        if check_name(name) not in there:
             raise LoraError(f"names: the model has no adapter {name!r}{near(name, there)}; lora.load or lora.inject it")
     if len(set(chosen)) != len(chosen):
         raise LoraError(f"names: got {chosen!r}, with a name twice; list each adapter once")
@@ -71,6 +72,8 @@ def remove(model: nn.Module, name: str | None = None) -> None:
     """
     root = unwrap(model)
     there = resident(root)
+    if name is not None:
+        check_name(name)
     if not there:
         raise LoraError("model: it has no adapter to remove")
     if name is not None and name not in there:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .adapters import disabled
 from .config import check_name
 from .errors import LoraError, near
-from .files import replaced
+from .files import replaced_together
 from .fingerprint import difference, fingerprint
 from .injection import Part, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
@@ -41,6 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """
     root = unwrap(model)
     there = resident(root)
+    if name is not None:
+        check_name(name)
     if not there:
         raise LoraError("model: it has no adapter to save; call lora.inject(model, ...) first")
     if name is not None and name not in there:
@@ -137,7 +139,7 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(folder / CONFIG_FILE) as config_file, replaced(folder / TENSOR_FILE) as tensor_file:
+    with replaced_together(folder / TENSOR_FILE, folder / CONFIG_FILE) as (tensor_file, config_file):
         save_file(plain, tensor_file, metadata)
         seal(tensor_file)
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -213,14 +215,14 @@ def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, T
         for key, t in wanted.items()
         if key in tensors and tensors[key].shape != t.shape
     ]
-    kinds = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    kinds = [k for k, t in wanted.items() if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()]
     problems = [
         f"{len(found)} {label}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
         for label, found in (
             ("of the adapter's tensors missing", missing),
             ("unexpected", extra),
             ("of another shape", wrong),
-            ("that are not floating point", kinds),
+            ("of another kind (integers or floating point)", kinds),
         )
         if found
     ]

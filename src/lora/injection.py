@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
-from .layers.base import adapters_of, attach, base_modules, hosts
+from .layers.base import acting_class, adapters_of, attach, base_modules, hosts
 from .resident import activate_all, resident, unwrap
 from .targets import check_called, default_targets, select
 from .weights import weight_of
@@ -39,6 +40,8 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     if config is not None and keywords:
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise LoraError("model: DistributedDataParallel would not sync parameters that come later; inject, then wrap")
     root = unwrap(model)
     adapter = new_adapter(root, check_name(name), config)
     targets = select(root, config)
@@ -57,6 +60,8 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
 def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str, Any] | None = None) -> Adapter:
     """The record of an adapter to be, after the checks that need no module."""
     others = resident(root)
+    if torch.is_inference_mode_enabled():
+        raise LoraError("model: under torch.inference_mode() nothing can train; leave it (torch.no_grad() is fine)")
     if name in others:
         raise LoraError(
             f"name: the model already has an adapter {name!r}; give another name=, or lora.remove(model, {name!r})"
@@ -99,77 +104,122 @@ def whole_parts(
     base's own.
     """
     modules = dict(base_modules(root))
-    chosen: dict[str, tuple[str, ...]] = {}
+    whole: dict[str, tuple[str, ...]] = {}
     for entry in config.train:
         fits = [name for name in modules if name and matches([entry], name)]
         if not fits and not loading:
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
-            chosen[name] = tuple(n for n, _ in modules[name].named_parameters())
-    inner = [name for name in chosen if any(name.startswith(other + ".") for other in chosen)]
-    for name in inner:  # the outer copy has it
-        del chosen[name]
-    if config.bias == "all":
-        for name, module in modules.items():
-            biases = tuple(n for n, p in module._parameters.items() if "bias" in n and p is not None)
-            if biases and name not in targets and not any(name == n or name.startswith(n + ".") for n in chosen):
-                chosen[name] = biases
-    _check_whole(root, modules, chosen)
-    memo = _shared(modules, chosen)
-    return [(modules[n], WholeAdapters, Whole(_bare_copy(modules[n], memo), t)) for n, t in chosen.items()]
+            whole[name] = tuple(n for n, _ in _base_parameters(modules[name]))
+            if not whole[name]:
+                raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
+    for name in [n for n in whole if _inside(n, [other for other in whole if other != n])]:  # the outer copy has it
+        del whole[name]
+    biased: dict[str, tuple[str, ...]] = {}
+    for name, module in modules.items() if config.bias == "all" else ():
+        found = tuple(n for n, p in module._parameters.items() if "bias" in n and p is not None)
+        if found and name not in targets and not _inside(name, whole):
+            biased[name] = found
+    _check_whole(root, modules, whole | biased)
+    memo: dict[int, Any] = {}
+    parts = [Whole(_deep_copy(modules[n], memo), trained) for n, trained in whole.items()]
+    parts += [Whole(_copy_with_own(modules[n], trained, memo), trained) for n, trained in biased.items()]
+    if loading:
+        for part in parts:
+            _materialise(part)
+    return [(modules[n], WholeAdapters, part) for n, part in zip(whole | biased, parts, strict=True)]
 
 
-def _bare_copy(host: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The module's parameters without its adapters'; a tied one under each of its names."""
+    for prefix, inner in base_modules(module):
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _inside(name: str, roots: Iterable[str]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def _deep_copy(host: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of a module as its base made it, without the adapters that it may carry."""
     adapters = adapters_of(host)
-    if adapters is None:
-        return copy.deepcopy(host, memo)
-    memo[id(adapters)] = None
-    bare = copy.deepcopy(host, memo)
-    bare.__class__ = adapters.original
-    del bare._modules["lora"]
-    return bare
+    if adapters is not None:
+        memo[id(adapters)] = None
+    return _bare(copy.deepcopy(host, memo), host)
+
+
+def _copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) -> nn.Module:
+    """The same module, children and all, but with some parameters of its own."""
+    twin = host.__new__(type(host))
+    twin.__dict__.update(host.__dict__)
+    twin._modules = dict(host._modules)
+    twin._parameters = dict(host._parameters)
+    for name in own:
+        start = host.get_parameter(name)
+        twin._parameters[name] = memo.setdefault(id(start), nn.Parameter(start.detach().clone()))
+    return _bare(twin, host)
+
+
+def _bare(twin: nn.Module, host: nn.Module) -> nn.Module:
+    """Take the adapters, hooks and replaced forward off a host's copy: the host itself has them."""
+    adapters = adapters_of(host)
+    if adapters is not None:
+        twin.__class__ = adapters.original
+        del twin._modules["lora"]
+    for name, value in list(twin.__dict__.items()):
+        if name in ("forward", "_old_forward", "_hf_hook"):
+            del twin.__dict__[name]
+        elif name.startswith(("_forward_", "_backward_")) and isinstance(value, dict):
+            twin.__dict__[name] = type(value)()
+    return twin
+
+
+def _materialise(part: Whole) -> None:
+    """Room in memory for trained parameters that are on the meta device, before a file fills them."""
+    for name in part.trained:
+        owner, _, leaf = name.rpartition(".")
+        module = part.module.get_submodule(owner)
+        parameter = module.get_parameter(leaf)
+        if parameter.is_meta:
+            module._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
     """Attach prepared parts; nothing here can fail half-way."""
-    root.requires_grad_(False) if not resident(root) else None
+    for host, kind, _ in parts:
+        own = adapters_of(host)
+        acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
+    if not resident(root):
+        root.requires_grad_(False)
     for host, kind, part in parts:
         attach(host, kind, adapter, part)
-        part.requires_grad_(False)
-        for name, parameter in part.named_parameters():
-            if not isinstance(part, Whole) or name.removeprefix("module.") in part.trained:
-                parameter.requires_grad_(trainable)
+        parameters = dict(part.named_parameters(remove_duplicate=False))
+        for name in [f"module.{n}" for n in part.trained] if isinstance(part, Whole) else parameters:
+            parameters[name].requires_grad_(trainable)
     activate_all(root, [adapter.name])
-
-
-def _shared(modules: dict[str, nn.Module], chosen: dict[str, tuple[str, ...]]) -> dict[int, Any]:
-    """The memo for deepcopy: parameters that do not train are handed over, not copied."""
-    return {
-        id(p): p for name, trained in chosen.items() for n, p in modules[name].named_parameters() if n not in trained
-    }
 
 
 def _check_whole(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tuple[str, ...]]) -> None:
     trained = {
-        id(p): f"{name}.{n}"
-        for name, names in chosen.items()
-        for n, p in modules[name].named_parameters(remove_duplicate=False)
-        if n in names
+        id(p): f"{name}.{n}" for name, names in chosen.items() for n, p in _base_parameters(modules[name]) if n in names
     }
-    for name in chosen:
+    for name, names in chosen.items():
         check_called(root, "train or bias='all'", name)
+        if hasattr(modules[name], "lora") and adapters_of(modules[name]) is None:
+            raise LoraError(f"train: {name!r} has an attribute `lora` that is not ours; rename it")
         for inner, _, adapters in hosts(modules[name]):
-            if inner or not isinstance(adapters, WholeAdapters):
+            within = bool(inner) and any("." in n for n in names)  # a bias of its own leaves the children alone
+            if within or (not inner and not isinstance(adapters, WholeAdapters)):
                 raise LoraError(
                     f"train: {name!r} carries low-rank updates of adapter {', '.join(adapters.records)}; "
                     "one module takes either these or whole training"
                 )
+    inside = {f"{name}.{n}" for name, names in chosen.items() for n in names}
     for owner, module in modules.items():
-        if any(owner == name or owner.startswith(name + ".") for name in chosen):
-            continue
         for n, p in module._parameters.items():
-            if p is not None and id(p) in trained:
+            if p is not None and id(p) in trained and f"{owner}.{n}" not in inside:
                 raise LoraError(
                     f"train: {trained[id(p)]!r} is tied to '{owner}.{n}', and training one alone would part them; "
                     f"name both, train=[..., {owner!r}], or untie them first"

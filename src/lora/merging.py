@@ -14,6 +14,7 @@ from .layers import LinearAdapters, WholeAdapters
 from .layers.base import Adapters, base_modules, hosts, refresh
 from .layers.linear import shifted_bias
 from .ops import low_rank_product
+from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
 from .undo import Digest, Patch, row_blocks
 
@@ -21,52 +22,20 @@ KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
 
 
-@dataclass(frozen=True)
-class MergedModule:
-    """What became of one module's update D in the weight's dtype, W being the merged weight.
-
-    kept: <W - W0, D> / <D, D>: the share of the update that the merged weight has, along the update's direction.
-    noise: |(W - W0) - D| / |D|: the rounding error beside the update.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kept: float
-    noise: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """One entry a module; `print(report)` shows a table, the modules that kept least first."""
-
-    modules: list[MergedModule]
-
-    @property
-    def kept(self) -> float:
-        """The least share of an update that any module kept."""
-        return min((m.kept for m in self.modules), default=1.0)
-
-    def __str__(self) -> str:
-        from .report import size, table
-
-        worst_first = sorted(self.modules, key=lambda m: m.kept)
-        rows = [[m.name, size(m.shape), f"{m.dtype}"[6:], f"{m.kept:.2%}", f"{m.noise:.2%}"] for m in worst_first]
-        return table(["module", "shape", "dtype", "update kept", "rounding noise"], rows)
-
-
 @dataclass
 class LinearUndo:
-    """What turns a merged linear back: patches by row block, the checksum of W0's bits, the old bias."""
+    """What turns a merged linear back: patches by row block, the checksum of W0's bits, the bias before and after."""
 
     dtype: torch.dtype
     digest: int
     patches: list[Patch]
     bias: Tensor | None
+    merged_bias: Tensor | None
 
     @property
     def nbytes(self) -> int:
-        return sum(patch.nbytes for patch in self.patches) + (0 if self.bias is None else self.bias.nbytes)
+        biases = [b.nbytes for b in (self.bias, self.merged_bias) if b is not None]
+        return sum(patch.nbytes for patch in self.patches) + sum(biases)
 
 
 def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
@@ -186,51 +155,87 @@ def _unmerge_host(place: Place, swapped: set[int]) -> None:
 def _merge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> tuple[MergedModule, LinearUndo]:
     weight = adapters.frozen
     old_weight = weight.dense()
-    digest, patches, merged = Digest(), [], []
-    sums = torch.zeros(3, dtype=torch.float64)
-    for rows, update in _update_blocks(adapters):
-        old = old_weight[rows].contiguous()
-        new = (old + update).to(old.dtype)
-        if not torch.isfinite(new).all():
-            raise LoraError(f"model: merging {name!r} overflows {old.dtype}; nothing was changed. Merge in float32")
-        digest.add(old)
-        patches.append(Patch(old, (new - update).to(old.dtype)))
-        merged.append((rows, new))
-        change = (new.to(update.dtype) - old).double()
-        sums += torch.stack(
-            [(change * update).sum(), update.double().square().sum(), (change - update).square().sum()]
-        ).cpu()
-    along, norm, lost = sums.tolist()
-    bias, old_bias = host._parameters.get("bias"), None
-    if bias is not None:
-        old_bias = bias.detach().clone()
-        bias.copy_(shifted_bias(old_bias, adapters.terms))
-    for rows, new in merged:
-        weight.write_(rows, new)
-    kept, noise = (along / norm, math.sqrt(lost / norm)) if norm else (1.0, 0.0)
     dtype = old_weight.dtype
-    return MergedModule(name, weight.shape, dtype, kept, noise), LinearUndo(dtype, digest.value, patches, old_bias)
+    digest, patches = Digest(), []
+    old_rows: list[tuple[slice, Tensor]] = []
+    new_rows: list[tuple[slice, Tensor]] = []
+    sums = torch.zeros(3, dtype=torch.float64)  # <W - W0, D>, <D, D>, |(W - W0) - D|^2
+    for rows, update in _update_blocks(adapters):
+        old = old_weight[rows].clone(memory_format=torch.contiguous_format)
+        new = (old + update).to(dtype)
+        _refuse_overflow(name, new)
+        digest.add(old)
+        patches.append(Patch(old, _way_back(new, update)))
+        old_rows.append((rows, old))
+        new_rows.append((rows, new))
+        change, exact = (new.to(update.dtype) - old).double(), update.double()
+        sums += torch.stack([(change * exact).sum(), exact.square().sum(), (change - exact).square().sum()]).cpu()
+    old_bias = new_bias = None
+    if any(term.bias is not None for term in adapters.terms):
+        old_bias = host.get_parameter("bias").detach().clone()
+        new_bias = shifted_bias(old_bias, adapters.terms)
+        _refuse_overflow(name, new_bias)
+    _write_all(host, adapters, new_rows, new_bias, otherwise=(old_rows, old_bias))
+    along, norm, lost = sums.tolist()
+    kept, noise = (along / norm, math.sqrt(lost / norm)) if norm else (1.0, 0.0)
+    undo = LinearUndo(dtype, digest.value, patches, old_bias, new_bias)
+    return MergedModule(name, weight.shape, dtype, kept, noise), undo
 
 
 @torch.no_grad()
 def _unmerge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> None:
-    weight, undo = adapters.frozen, adapters.undo
-    merged_weight = weight.dense()
-    digest, restored = Digest(), []
-    if merged_weight.dtype == undo.dtype:
+    undo = adapters.undo
+    merged = adapters.frozen.dense()
+    bias = host._parameters["bias"]
+    digest = Digest()
+    old_rows: list[tuple[slice, Tensor]] = []
+    new_rows: list[tuple[slice, Tensor]] = []
+    same_bias = undo.merged_bias is None or (bias is not None and torch.equal(bias, undo.merged_bias.to(bias.device)))
+    if merged.dtype == undo.dtype and same_bias:
         for (rows, update), patch in zip(_update_blocks(adapters), undo.patches, strict=True):
-            old = patch.apply_((merged_weight[rows] - update).to(undo.dtype).contiguous())
-            digest.add(old)
-            restored.append((rows, old))
+            new = patch.apply_(_way_back(merged[rows], update))
+            digest.add(new)
+            old_rows.append((rows, merged[rows].clone()))
+            new_rows.append((rows, new))
     if digest.value != undo.digest:
         raise LoraError(
-            f"model: {name!r} cannot be unmerged: its weight, A or B changed after the merge (trained, loaded or cast; "
-            f"it was {undo.dtype} and is {merged_weight.dtype}). Put the values back, or load the base model again"
+            f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
+            f"cast; it was {undo.dtype} and is {merged.dtype}). Put the values back, or load the base model again"
         )
-    for rows, old in restored:
-        weight.write_(rows, old)
-    if undo.bias is not None:
-        host.get_parameter("bias").copy_(undo.bias)
+    _write_all(host, adapters, new_rows, undo.bias, otherwise=(old_rows, undo.merged_bias))
+
+
+def _way_back(merged: Tensor, update: Tensor) -> Tensor:
+    """round(W - D), contiguous: W0 but for a few places. In float64, where the last bits of D depend on the order of
+    summation, W itself: the patch then holds W0 whole."""
+    back = merged if merged.dtype == torch.float64 else (merged - update).to(merged.dtype)
+    return back.clone(memory_format=torch.contiguous_format)
+
+
+def _write_all(
+    host: nn.Module,
+    adapters: LinearAdapters,
+    rows: list[tuple[slice, Tensor]],
+    bias: Tensor | None,
+    otherwise: tuple[list[tuple[slice, Tensor]], Tensor | None],
+) -> None:
+    """Write the rows of the weight and the bias; where that fails or is interrupted, write the other ones back."""
+    try:
+        if bias is not None:
+            host.get_parameter("bias").copy_(bias)
+        for place, values in rows:
+            adapters.frozen.write_(place, values)
+    except BaseException:
+        if otherwise[1] is not None:
+            host.get_parameter("bias").copy_(otherwise[1])
+        for place, values in otherwise[0]:
+            adapters.frozen.write_(place, values)
+        raise
+
+
+def _refuse_overflow(name: str, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise LoraError(f"model: merging {name!r} overflows {values.dtype}; nothing was changed. Merge in float32")
 
 
 def _update_blocks(adapters: LinearAdapters) -> Iterator[tuple[slice, Tensor]]:
@@ -270,18 +275,36 @@ def _check_finite(places: Iterable[Place]) -> None:
 
 
 def _check_places(root: nn.Module, places: Iterable[Place]) -> None:
-    owners: dict[int, list[str]] = {}
+    """Refuse weights that a merge cannot write, or that someone else would see change."""
+    owners: dict[int, list[tuple[str, Tensor]]] = {}
     for name, module in base_modules(root):
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{parameter_name}")
-    for name, _, adapters in places:
-        if isinstance(adapters, LinearAdapters):
-            if adapters.frozen.parameter.is_meta:
-                raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
-            tied = owners[id(adapters.frozen.parameter)]
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                owners.setdefault(parameter.untyped_storage().data_ptr(), []).append((f"{name}.{own_name}", parameter))
+    for name, host, adapters in places:
+        if not isinstance(adapters, LinearAdapters):
+            continue
+        written: list[Tensor] = [adapters.frozen.parameter]
+        if written[0].is_meta:
+            raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
+        if any(step == 0 and length > 1 for step, length in zip(written[0].stride(), written[0].shape, strict=True)):
+            raise LoraError(f"model: the weight of {name!r} is an expanded view; give the module a tensor of its own")
+        if any(term.bias is not None for term in adapters.terms):
+            written.append(host.get_parameter("bias"))
+        for tensor in written:
+            tied = [other for other, p in owners[tensor.untyped_storage().data_ptr()] if _overlap(tensor, p)]
             if len(tied) > 1:
                 raise LoraError(
-                    f"model: {' and '.join(tied)} are one tied tensor, and merging would change both; untie them first "
-                    "(a clone of the weight for one of them), or keep the adapter unmerged"
+                    f"model: {' and '.join(tied)} are tied (they share memory), and merging would change both; untie "
+                    "them first (a clone of the tensor for one of them), or keep the adapter unmerged"
                 )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage lie over each other."""
+
+    def end(t: Tensor) -> int:
+        last = sum((length - 1) * step for length, step in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr() + (last + 1) * t.element_size()
+
+    return one.data_ptr() < end(other) and other.data_ptr() < end(one)

@@ -1,5 +1,6 @@
 """PEFT's adapter_config.json and tensor names, to and from ours."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,15 +48,14 @@ def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[s
     config, targets = adapter.config, list(targets)
     modules = dict(base_modules(root))
     base_name = getattr(root, "name_or_path", None) or adapter.extra.get("base_model_name_or_path")
-    known = {
+    known: dict[str, Any] = {
         **{theirs: getattr(config, ours) for ours, theirs in _SAME.items()},
         "peft_type": "LORA",
         "task_type": _task_type(root),
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
-        "target_modules": _target_modules(config, targets, modules),
-        "modules_to_save": sorted(config.train) or None,
+        "modules_to_save": _modules_to_save(config, modules) or None,
         "fan_in_fan_out": any(is_conv1d(modules[name]) for name in targets),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "use_dora": False,
@@ -63,8 +63,7 @@ def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[s
         "trainable_token_indices": None,
         "target_parameters": None,
     }
-    if isinstance(known["target_modules"], str) or config.targets in (None, "all-linear"):
-        known["layers_to_transform"] = None  # the names or the expression say which layers
+    known["target_modules"], known["layers_to_transform"] = _target_modules(config, targets, modules)
     return dict(sorted({**known, **adapter.extra}.items()))
 
 
@@ -88,7 +87,8 @@ def from_peft(found: dict[str, Any], where: str) -> tuple[LoraConfig, dict[str, 
             f"{where}: init_lora_weights is {init!r}: the tensors belong to a base weight changed at the start of "
             "training; convert the adapter to plain LoRA with the tool that made it"
         )
-    fields = {ours: found[theirs] for ours, theirs in _SAME.items() if found.get(theirs) is not None}
+    fields: dict[str, Any] = {"r": 8, "alpha": 8}  # what PEFT takes where a file says nothing
+    fields |= {ours: found[theirs] for ours, theirs in _SAME.items() if found.get(theirs) is not None}
     if fields.get("exclude") == []:
         del fields["exclude"]
     if fields.get("layers") == []:
@@ -113,12 +113,39 @@ def _task_type(root: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") and hasattr(root, "get_encoder") else None
 
 
-def _target_modules(config: LoraConfig, targets: list[str], modules: dict[str, nn.Module]) -> str | list[str]:
-    """What PEFT finds the same modules by: the user's own list or expression, or else the shortest list."""
-    if isinstance(config.targets, list):
-        return sorted(config.targets)
-    if isinstance(config.targets, str) and config.targets != "all-linear" and config.layers is None:
-        return config.targets
+def _target_modules(
+    config: LoraConfig, targets: list[str], modules: dict[str, nn.Module]
+) -> tuple[str | list[str], int | list[int] | None]:
+    """(target_modules, layers_to_transform) that PEFT finds the same modules by.
+
+    The user's own, or the last parts of the names, or the full names: the first of these that does.
+    """
+    own = config.targets if config.targets is not None and config.targets != "all-linear" else []
     leaves = sorted({name.rpartition(".")[2] for name in targets})
-    found = [name for name in modules if matches(leaves, name) and not matches(config.exclude, name)]
-    return leaves if sorted(found) == sorted(targets) else sorted(targets)
+    for names in (sorted(own) if isinstance(own, list) else own, leaves):
+        for layers in (config.layers, None):
+            found = [name for name in modules if name and _peft_selects(names, layers, config, name)]
+            if found and sorted(found) == sorted(targets):
+                return names, layers
+    return sorted(targets), None
+
+
+def _peft_selects(names: str | list[str], layers: int | list[int] | None, config: LoraConfig, name: str) -> bool:
+    """Whether PEFT would pick a module: as we do, but a layer's number counts only behind two parts of the name."""
+    if not names or not matches(names, name) or matches(config.exclude, name):
+        return False
+    if any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", name) for entry in config.train):
+        return False
+    if layers is None:
+        return True
+    if isinstance(names, str):  # PEFT takes no layers beside a regular expression
+        return False
+    index = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return index is not None and int(index.group(1)) in (layers if isinstance(layers, list) else [layers])
+
+
+def _modules_to_save(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+    """The user's own names where PEFT, which compares the ends of names without a dot, finds the same modules."""
+    meant = [name for name in modules if matches(config.train, name)]
+    found = [name for name in modules if any(name.endswith(entry) for entry in config.train)]
+    return sorted(config.train) if found == meant else sorted(meant)

@@ -1,9 +1,10 @@
-"""summary: what a model carries, as a table."""
+"""Tables for people: what a model carries, and what a merge kept."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .errors import LoraError
@@ -75,6 +76,38 @@ class Summary:
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
             + f"{self.bytes / 2**20:,.2f} MiB; {state}"
         )
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """What became of one module's update D in the weight's dtype, W being the merged weight.
+
+    kept: <W - W0, D> / <D, D>: the share of the update that the merged weight has, along the update's direction.
+    noise: |(W - W0) - D| / |D|: the rounding error beside the update.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kept: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One entry a module; `print(report)` shows a table, the modules that kept least first."""
+
+    modules: list[MergedModule]
+
+    @property
+    def kept(self) -> float:
+        """The least share of an update that any module kept."""
+        return min((m.kept for m in self.modules), default=1.0)
+
+    def __str__(self) -> str:
+        worst_first = sorted(self.modules, key=lambda m: m.kept)
+        rows = [[m.name, size(m.shape), f"{m.dtype}"[6:], f"{m.kept:.2%}", f"{m.noise:.2%}"] for m in worst_first]
+        return table(["module", "shape", "dtype", "update kept", "rounding noise"], rows)
 
 
 def summary(model: nn.Module) -> Summary:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
@@ -36,16 +37,19 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     Raises:
         LoraError: a target, exclude, layer or pattern that fits nothing, or a target that is no linear map.
     """
-    modules = dict(base_modules(model))
+    modules = dict(base_modules(model, every_name=True))
     linear = {name: module for name, module in modules.items() if name and weight_of(module) is not None}
     if not linear:
         raise LoraError(f"model: {type(model).__name__} has no nn.Linear and no Conv1D inside it to adapt")
     candidates = _matching(model, config, modules, linear, loading)
+    first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {
-        name: linear[name]
+        first_names[linear[name]]: linear[name]
         for name in candidates
         if not matches(config.exclude, name) and _in_layers(config.layers, name) and not _within(config.train, name)
     }
+    for name, module in chosen.items():
+        check_linear(model, name, module)
     if loading:
         return chosen
     _check_filters(config, candidates, modules)
@@ -58,8 +62,6 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         for key in patterns:
             if all(lookup({key: 0}, name) is None for name in chosen):
                 raise LoraError(f"{label}: {key!r} fits none of the {len(chosen)} targets{near(key, _leaves(chosen))}")
-    for name, module in chosen.items():
-        check_linear(model, name, module)
     return chosen
 
 
@@ -100,6 +102,16 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
             f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; supported "
             "are nn.Linear and transformers' Conv1D, and subclasses that keep their forward"
         )
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise LoraError(
+            f"targets: the weight of {name!r} is computed from other parameters (weight_norm, a parametrization), so "
+            "nothing can be merged into it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
+        )
+    if is_lazy(weight):
+        raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise LoraError(f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise LoraError(
             f"targets: {name!r} has had its forward replaced on the instance, and an adapter would be passed by; "

@@ -58,7 +58,8 @@ def _revive(make: Any, layer: type[LoraLayer], original: type[nn.Module]) -> Any
 class Adapters(nn.Module):
     """The adapters of one host, by name; a subclass for each kind of host knows what its adapters are.
 
-    Children are put into `_modules` directly: an adapter may be called `forward` or `train`.
+    Children are put into `_modules` directly, and attributes never look there: an adapter may have any name, such as
+    `forward` or `active`.
     """
 
     layer: ClassVar[type[LoraLayer]]
@@ -77,11 +78,8 @@ class Adapters(nn.Module):
     def __getitem__(self, name: str) -> Any:
         return self._modules[name]
 
-    def train(self, mode: bool = True) -> "Adapters":
-        self.__dict__["training"] = mode  # not by attribute: a child may be called that
-        for child in self.children():
-            child.train(mode)
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def extra_repr(self) -> str:
         return f"active={list(self.active)}{', merged' if self.undo is not None else ''}"
@@ -92,12 +90,15 @@ def adapters_of(module: nn.Module) -> Adapters | None:
     return child if isinstance(child, Adapters) else None
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without the adapters' own modules: what the model had before any adapter."""
+def base_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the adapters' own modules: what the model had before any adapter.
+
+    A module that is shared comes once, under its first name, or under each with `every_name`.
+    """
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen or isinstance(module, Adapters):
+        if isinstance(module, Adapters) or (module in seen and not every_name):
             return
         seen.add(module)
         yield name, module
