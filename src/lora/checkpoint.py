@@ -14,7 +14,7 @@ from .config import check_name
 from .errors import LoraError, near
 from .files import replaced_together
 from .fingerprint import difference, fingerprint
-from .injection import Part, install, low_rank_parts, new_adapter, whole_parts
+from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
 from .layers.base import hosts
 from .peft_format import from_peft, to_peft
@@ -90,6 +90,7 @@ def load(
     if not targets:
         raise LoraError(f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of this model")
     parts = low_rank_parts(targets, config, loading=True) + whole_parts(root, targets, config, loading=True)
+    check_reached(root, parts)
     _fill(root, folder, parts, tensors)
     if check:
         _check_origin(folder, found, header, {n: _weight(m) for n, m in targets.items()})

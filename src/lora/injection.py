@@ -45,14 +45,11 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     root = unwrap(model)
     adapter = new_adapter(root, check_name(name), config)
     targets = select(root, config)
-    for host_name, _, _ in hosts(root, WholeAdapters):
-        for target in targets:
-            if target.startswith(host_name + "."):
-                raise LoraError(f"targets: {target!r} is inside {host_name!r}, which another adapter trains whole")
     if config.targets is None:
         chosen = default_targets(targets)
         warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
     parts = low_rank_parts(targets, config) + whole_parts(root, targets, config)
+    check_reached(root, parts)
     install(root, adapter, parts, trainable=True)
     return model
 
@@ -186,6 +183,24 @@ def _materialise(part: Whole) -> None:
             module._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
 
 
+def check_reached(root: nn.Module, parts: list[Part]) -> None:
+    """Refuse a part inside a module of which another adapter has a copy: while the copy acts, nothing reaches it."""
+    copied = [
+        (name, adapter)
+        for name, _, adapters in hosts(root, WholeAdapters)
+        for adapter in adapters.records
+        if any("." in trained for trained in adapters[adapter].trained)
+    ]
+    mine = {host for host, _, _ in parts}
+    for name, module in base_modules(root):
+        for outer, adapter in copied:
+            if module in mine and name.startswith(outer + "."):
+                raise LoraError(
+                    f"targets, train or bias: {name!r} is inside {outer!r}, trained whole by adapter "
+                    f"{adapter!r}, and would never run beside it; leave it out, or lora.remove that adapter first"
+                )
+
+
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
     """Attach prepared parts; nothing here can fail half-way."""
     for host, kind, _ in parts:
@@ -213,8 +228,8 @@ def _check_whole(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[st
             within = bool(inner) and any("." in n for n in names)  # a bias of its own leaves the children alone
             if within or (not inner and not isinstance(adapters, WholeAdapters)):
                 raise LoraError(
-                    f"train: {name!r} carries low-rank updates of adapter {', '.join(adapters.records)}; "
-                    "one module takes either these or whole training"
+                    f"train: {name!r} carries a part of adapter {', '.join(adapters.records)} "
+                    f"({inner or 'itself'}), which a copy of it would leave out; train something else whole"
                 )
     inside = {f"{name}.{n}" for name, names in chosen.items() for n in names}
     for owner, module in modules.items():

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
+from .errors import LoraError
 from .layers.base import Adapter, activate, detach, hosts
 
 
@@ -14,6 +16,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        elif isinstance(model, torch.jit.ScriptModule):
+            raise LoraError("model: a TorchScript module has fixed layers; adapt it before torch.jit.script")
         else:
             return model
 
