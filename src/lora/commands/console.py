@@ -1,0 +1,30 @@
+"""How the commands speak: progress and notices on stderr, results on stdout."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import LoraWarning
+
+
+def stderr() -> Console:
+    """The console for progress. Off a terminal its lines are not wrapped, so that logs can be searched."""
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+
+
+@contextmanager
+def clean_warnings() -> Iterator[None]:
+    """Within it, our own warnings are one line each, once, without a source position; others stay silent."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        stderr().print(f"[yellow]note:[/] {message}", highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", LoraWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield

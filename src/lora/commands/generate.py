@@ -1,0 +1,105 @@
+"""`lora generate`: answers from a model, with or without an adapter."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import LoraError
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Base or merged model: a folder, or a name on the hub.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it the model answers alone.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt; the answer goes to stdout.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="Rows to answer, in any format that `lora train` reads.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the rows go as .jsonl, each with a field `generated`.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, fp32, bf16, fp16.")] = "auto",
+) -> None:
+    """Answer a prompt, or a file of them, rendered exactly as in training.
+
+    lora generate org/base --adapter my-adapter --prompt "..."
+    """
+    if (prompt is None) == (input_file is None):
+        raise LoraError("give either --prompt TEXT or --input FILE")
+    if (input_file is None) != (output is None):
+        raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
+    rows, prompts = _prompts(prompt, input_file, adapter)
+
+    from ..train.generation import generate as answer
+
+    base, tokenizer = _load(model, adapter, dtype)
+    with _progress(len(prompts)) as advance:
+        answers = answer(
+            base,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed,
+            on_batch=advance,
+        )
+    if output is None:
+        typer.echo(answers[0])
+    else:
+        _write(output, [{**row, "generated": text} for row, text in zip(rows, answers, strict=True)])
+        typer.echo(f"{len(answers)} answers: {output}")
+
+
+def _prompts(prompt: str | None, input_file: Path | None, adapter: Path | None) -> tuple[list[Any], list[Any]]:
+    from ..train.generation import prompt_as_trained, row_prompts
+    from ..train.rows import read_rows
+
+    if prompt is not None:
+        return [], [prompt_as_trained(prompt, adapter)]
+    rows = read_rows(str(input_file), "input")
+    return rows, row_prompts(rows)
+
+
+def _load(model: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
+    import torch
+
+    import lora
+
+    from ..train.base import load_base, load_tokenizer, pick_dtype
+    from .console import clean_warnings
+
+    tokenizer = load_tokenizer(model)
+    base = load_base(model, pick_dtype(dtype))
+    if adapter is not None:
+        with clean_warnings():
+            lora.load(base, adapter)
+    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over many prompts; nothing for one."""
+    from rich.progress import Progress
+
+    from .console import stderr
+
+    console = stderr()
+    with Progress(console=console, transient=True, disable=total == 1 or not console.is_terminal) as bar:
+        task = bar.add_task("answering", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    from ..files import replaced
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as file:
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

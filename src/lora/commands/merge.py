@@ -1,0 +1,133 @@
+"""`lora merge`: base and adapter into one plain model on disk."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import LoraError
+
+if TYPE_CHECKING:
+    from ..report import MergeReport
+
+WORST = 5  # modules shown after a merge
+MARK = "lora_merge.json"  # tells a folder of ours, which may be replaced, from anyone else's
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="Base model: a folder, or a name on the hub.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model.")],
+    dtype: Annotated[
+        str, typer.Option(help="Type of the merged weights: auto (the base's own), fp32, bf16, fp16.")
+    ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Use OUT although it holds something else; that is moved aside.")
+    ] = False,
+) -> None:
+    """Fold an adapter into its base and save a plain model, which needs no lora to run.
+
+    lora merge org/base my-adapter merged
+    """
+    _check_out(out, [Path(model), adapter], force)
+
+    import lora
+
+    from ..train.base import load_base, load_tokenizer, pick_dtype
+    from ..train.quiet import quiet
+    from .console import clean_warnings
+
+    tokenizer = load_tokenizer(model)
+    merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype))
+    with clean_warnings():
+        lora.load(merged, adapter)
+        report = lora.merge(merged, unload=True)
+    typer.echo(_shown(report))
+    with new_folder(out) as folder, quiet():
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {
+            "base": model,
+            "adapter": str(adapter),
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "lora": lora.__version__,
+            "files": sorted([MARK, *(file.name for file in folder.iterdir())]),
+        }
+        (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    typer.echo(f"merged model: {out}")
+
+
+def _shown(report: "MergeReport") -> str:
+    """The report's table, of the modules that kept least; a large model has hundreds."""
+    from ..report import MergeReport
+
+    worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
+    rest = len(report.modules) - len(worst)
+    return str(MergeReport(worst)) + (f"\nand {rest} modules that kept more" if rest else "")
+
+
+def _check_out(out: Path, sources: list[Path], force: bool) -> None:
+    """Raises `LoraError` when writing `out` would take the place of something that is not an earlier merge."""
+    if out.exists() and not out.is_dir():
+        raise LoraError(f"out: {str(out)!r} is a file; give a folder")
+    target = out.resolve()
+    for source in sources:
+        if source.exists() and (target == source.resolve() or target in source.resolve().parents):
+            raise LoraError(
+                f"out: {str(out)!r} is or holds {str(source)!r}, which is being merged; give another folder"
+            )
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file() and not force:
+        raise LoraError(
+            f"out: {str(out)!r} is not empty and not from an earlier merge; give another folder, or --force to move "
+            "what is there aside"
+        )
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Gives a fresh folder beside `out` that takes its place once all is written; on failure nothing is left.
+
+    An earlier merge in `out` is deleted; whatever holds a file that is not its own is moved to `<out>.old-...`.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        _take_place(fresh, out)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _take_place(fresh: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(fresh, out)
+        return
+    # A name that nothing else has; renaming onto an empty folder replaces it.
+    aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.old-", dir=out.parent))
+    os.rename(out, aside)
+    try:
+        os.rename(fresh, out)
+    except BaseException:
+        os.rename(aside, out)
+        raise
+    if {file.name for file in aside.iterdir()} <= _files_of_merge(aside):
+        shutil.rmtree(aside)
+    else:
+        typer.echo(f"what was in {out} is now in {aside}", err=True)
+
+
+def _files_of_merge(folder: Path) -> set[str]:
+    """What an earlier merge wrote there, by its own record; empty when it was none."""
+    try:
+        return set(json.loads((folder / MARK).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()

@@ -1,0 +1,95 @@
+"""`lora train`: its flags are the recipe's fields."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from ..train.recipe import Recipe, load_recipe
+
+_SIMPLE_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
+
+
+def train(recipe: Path | None = None, *, force: bool = False, **flags: Any) -> None:
+    """Train an adapter on your rows: from a recipe file, from flags, or both (flags win).
+
+    The loss falls on the answers only. Rows may be prompt/completion, messages, sharegpt conversations, alpaca,
+    context/target, question/answer or plain text.
+
+        lora train --model org/base --data rows.jsonl --out my-adapter
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    plan = load_recipe(recipe, {name: _parsed(name, value) for name, value in given.items()})
+
+    from ..train.trainer import run
+    from .console import clean_warnings, stderr
+
+    with clean_warnings():
+        result = run(plan, force=force, console=stderr())
+    numbers = result.metrics
+    typer.echo(
+        f"loss {numbers['loss']:.4f}"
+        + (f", eval loss {numbers['eval_loss']:.4f}" if "eval_loss" in numbers else "")
+        + f" after {numbers['steps']:,} steps, {numbers['seconds']:.0f} s, {numbers['tokens_per_second']:,.0f} tokens/s"
+    )
+    typer.echo(f"adapter: {result.out}")
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Flags for list fields take commas: `--targets q_proj,v_proj`. Anything else for targets is an expression."""
+    if name == "train":
+        return [part for part in value.split(",") if part]
+    if name == "targets" and value != "all-linear" and _SIMPLE_NAMES.fullmatch(value):
+        return value.split(",")
+    return value
+
+
+def _flag(name: str) -> inspect.Parameter:
+    """The flag of a recipe field: its type, its description as help, and None (not given) as default."""
+    field = Recipe.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    is_bool = field.annotation is bool
+    help_text = field.description or ""
+    if get_origin(field.annotation) is Literal:
+        help_text = f"{help_text.removesuffix('.')}: {', '.join(get_args(field.annotation))}."
+    if not is_bool and not field.is_required() and field.default not in (None, "") and field.default_factory is None:
+        help_text += f" [default: {field.default}]"
+    option = typer.Option(f"{flag}/--no-{flag[2:]}" if is_bool else flag, help=help_text, show_default=False)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_flag_type(field.annotation) | None, option],
+    )
+
+
+def _flag_type(annotation: Any) -> type:
+    """What a flag's text is parsed as; choices and lists stay text, for the recipe to judge."""
+    for kind in (bool, int, float):
+        if annotation is kind or kind in get_args(annotation):
+            return kind
+    return str
+
+
+def _signature() -> inspect.Signature:
+    recipe = inspect.Parameter(
+        "recipe",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None,
+        annotation=Annotated[
+            Path | None, typer.Argument(help="A YAML or JSON file with the fields below.", show_default=False)
+        ],
+    )
+    force = inspect.Parameter(
+        "force",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")],
+    )
+    return inspect.Signature([recipe, *map(_flag, Recipe.model_fields), force])
+
+
+# typer reads the signature; this one says the recipe's fields once, where they are defined.
+train.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,159 @@
+"""What a row means: the formats that people bring, read into one form."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from ..errors import LoraError
+from .rows import Row
+
+
+class Message(TypedDict):
+    """One turn; the role is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, read: a conversation, or a plain text (then `messages` is empty)."""
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+
+
+# Stanford Alpaca's two prompts, as published.
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a row: the fields that name it, those that a prompt alone needs, and its reader."""
+
+    name: str
+    fields: tuple[str, ...]
+    prompt_fields: tuple[str, ...]
+    read: Callable[[Row, bool], Example]
+
+
+def detect(row: Row, *, answers: bool = True) -> Format:
+    """The format of a row, by its fields. With `answers=False`, a row may lack its answer (to be generated).
+
+    Raises:
+        LoraError: the fields fit no format; the message lists all of them.
+    """
+    for known in FORMATS:
+        needed = known.fields if answers else known.prompt_fields
+        if all(field in row for field in needed):
+            return known
+    allowed = "; ".join(" + ".join(known.fields) for known in FORMATS)
+    raise LoraError(f"the fields {', '.join(map(repr, row)) or '(none)'} fit no known format; allowed: {allowed}")
+
+
+def typed_prompt(text: str, format_name: str | None = None) -> Example:
+    """A prompt that was typed, in the form that a training row of that format would have had."""
+    if format_name == "text":
+        return Example(text=text)
+    content = _ALPACA_NO_INPUT.format(instruction=text) if format_name == "alpaca" else text
+    return Example(messages=(Message(role="user", content=content),))
+
+
+def _read_messages(row: Row, answers: bool) -> Example:
+    return _conversation(row, "messages", "role", "content", {role: role for role in _ROLES}, answers)
+
+
+def _read_sharegpt(row: Row, answers: bool) -> Example:
+    turns = row["conversations"]
+    # Some sets carry {role, content} under sharegpt's field name.
+    if isinstance(turns, Sequence) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        return _conversation(row, "conversations", "role", "content", _SHAREGPT_ROLES, answers)
+    return _conversation(row, "conversations", "from", "value", _SHAREGPT_ROLES, answers)
+
+
+def _conversation(row: Row, field: str, role_key: str, text_key: str, roles: dict[str, str], answers: bool) -> Example:
+    turns = row[field]
+    if not isinstance(turns, list) or not turns:
+        raise LoraError(f"{field} must be a list of at least one turn, got {turns!r:.80}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
+            raise LoraError(f"{field}, turn {number}: needs {role_key!r} and {text_key!r}, got {turn!r:.80}")
+        if turn[role_key] not in roles:
+            raise LoraError(f"{field}, turn {number}: {role_key} is {turn[role_key]!r}; allowed: {', '.join(roles)}")
+        messages.append(Message(role=roles[turn[role_key]], content=_text(turn, text_key)))
+    if not answers:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise LoraError(f"{field} has no turn before the answer; a prompt needs one")
+    elif not any(message["role"] == "assistant" for message in messages):
+        raise LoraError(f"{field} has no assistant turn, so there is nothing to train on")
+    return Example(messages=tuple(messages))
+
+
+def _read_alpaca(row: Row, answers: bool) -> Example:
+    context = "" if row.get("input") is None else _text(row, "input")
+    template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA_NO_INPUT
+    prompt = template.format(instruction=_text(row, "instruction"), input=context)
+    return Example(messages=_turns(prompt, row, "output", answers))
+
+
+def _pair(prompt_field: str, answer_field: str) -> Format:
+    def read(row: Row, answers: bool) -> Example:
+        return Example(messages=_turns(_text(row, prompt_field), row, answer_field, answers))
+
+    return Format(f"{prompt_field}/{answer_field}", (prompt_field, answer_field), (prompt_field,), read)
+
+
+def _turns(prompt: str, row: Row, answer_field: str, answers: bool) -> tuple[Message, ...]:
+    user = Message(role="user", content=prompt)
+    if not answers:
+        return (user,)
+    return (user, Message(role="assistant", content=_text(row, answer_field)))
+
+
+def _read_text(row: Row, answers: bool) -> Example:
+    text = _text(row, "text")
+    if not text.strip():
+        raise LoraError("text is empty, so there is nothing to train on")
+    return Example(text=text)
+
+
+def _text(holder: dict[str, Any], field: str) -> str:
+    value = holder[field]
+    if not isinstance(value, str):
+        raise LoraError(f"{field} is {type(value).__name__} ({value!r:.60}); it must be text")
+    return value
+
+
+# In order of preference: a row that carries several (Alpaca's sets repeat all as `text`) is the first that fits.
+FORMATS: tuple[Format, ...] = (
+    Format("messages", ("messages",), ("messages",), _read_messages),
+    Format("sharegpt", ("conversations",), ("conversations",), _read_sharegpt),
+    Format("alpaca", ("instruction", "output"), ("instruction",), _read_alpaca),
+    _pair("prompt", "completion"),
+    _pair("context", "target"),
+    _pair("question", "answer"),
+    Format("text", ("text",), ("text",), _read_text),
+)

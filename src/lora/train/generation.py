@@ -1,0 +1,157 @@
+"""Answers from a model, batch by batch, prompted exactly as it was trained."""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from .formats import Example, detect, typed_prompt
+from .quiet import quiet
+from .recipe import RUN_FILE
+from .rows import Row
+from .template import PromptTemplate, stop_ids
+
+
+def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:
+    """The prompts of rows in any training format, with or without their answers (which are not used).
+
+    Raises:
+        LoraError: a row that fits no format, by number.
+    """
+    prompts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            prompts.append(detect(row, answers=False).read(row, False))
+        except LoraError as error:
+            raise LoraError(f"{argument}: row {number}: {error}") from error
+    return prompts
+
+
+def prompt_as_trained(text: str, adapter: str | Path | None) -> Example:
+    """A typed prompt, in the form of the rows that the adapter was trained on where its run.json says which."""
+    file = None if adapter is None else Path(adapter) / RUN_FILE
+    if file is None or not file.is_file():
+        return typed_prompt(text)
+    try:
+        return typed_prompt(text, json.loads(file.read_text(encoding="utf-8")).get("format"))
+    except (ValueError, AttributeError) as error:
+        raise LoraError(f"adapter: {str(file)!r} is not the record of a run: {error}; restore or delete it") from error
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Example],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The answer to each prompt, in order, without the prompt and without special tokens.
+
+    Prompts are rendered through the template that training uses; `model` is left as it was.
+
+    Args:
+        prompts: texts (one user turn each), or examples from `row_prompts`.
+        temperature: 0 takes the likeliest token; above, samples with `seed`.
+        on_batch: called with the number of prompts done since the last call.
+
+    Raises:
+        LoraError: a prompt that is empty or leaves no room for an answer, or a value out of range.
+    """
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise LoraError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= temperature < float("inf"):
+        raise LoraError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
+    template = PromptTemplate(tokenizer)
+    encoded = [_prompt_ids(prompt, template) for prompt in prompts]
+    _check_lengths(encoded, model, max_new_tokens)
+    # Prompts of one length share a batch: less padding; the order is restored below.
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    answers = [""] * len(encoded)
+    with quiet():  # it remarks on sampling settings that a greedy run does not use
+        settings = _settings(template, model, max_new_tokens, temperature)
+    torch.manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            texts = _generate_batch(model, template, [encoded[index] for index in batch], settings)
+            for index, text in zip(batch, texts, strict=True):
+                answers[index] = text
+            if on_batch is not None:
+                on_batch(len(batch))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _prompt_ids(prompt: str | Example, template: PromptTemplate) -> list[int]:
+    example = typed_prompt(prompt) if isinstance(prompt, str) else prompt
+    if not example.messages:
+        return template.text_ids(example.text)
+    return template.prompt_ids(template.prompt(example.messages))
+
+
+def _check_lengths(encoded: Sequence[Sequence[int]], model: Any, max_new_tokens: int) -> None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for number, ids in enumerate(encoded, 1):
+        if not ids:
+            raise LoraError(f"prompt {number} is empty; give at least one token")
+        if isinstance(most, int) and most > 0 and len(ids) + max_new_tokens > most:
+            raise LoraError(
+                f"prompt {number} has {len(ids)} tokens, and max_new_tokens={max_new_tokens} more would pass the "
+                f"{most} that the model takes; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, temperature: float) -> Any:
+    from transformers import GenerationConfig
+
+    stops = stop_ids(template, model.generation_config)
+    pad = template.tokenizer.pad_token_id
+    # What is left unset here would be filled from the model's own generation_config (Qwen's has a repetition penalty),
+    # and greedy would not mean the likeliest token.
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        eos_token_id=stops,
+        pad_token_id=stops[0] if pad is None else pad,
+    )
+
+
+@torch.inference_mode()
+def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[int]], settings: Any) -> list[str]:
+    ids, mask = _pad_left(batch, settings.pad_token_id)
+    with quiet():
+        output: Tensor = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+    new = output[:, ids.shape[1] :].tolist()  # (rows, <= max_new_tokens)
+    stops = set(settings.eos_token_id)
+    # Cut here and not by skip_special_tokens alone: a stop token need not be marked special in its tokenizer.
+    answers = [list(takewhile(lambda token: token not in stops, row)) for row in new]
+    return [str(template.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+
+
+def _pad_left(batch: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both (rows, longest), padded on the left so that every answer starts at one column."""
+    longest = max(map(len, batch))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in batch])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch])
+    return ids, mask

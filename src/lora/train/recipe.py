@@ -1,0 +1,175 @@
+"""The recipe: every choice of a training run, as one validated model.
+
+Field descriptions are the text of `lora train --help`; nothing here imports torch.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ..errors import LoraError, near
+
+# What a run writes beside the adapter: the recipe as it was run, and the run's numbers.
+RECIPE_FILE = "recipe.yaml"
+RUN_FILE = "run.json"
+
+
+class Recipe(BaseModel):
+    """What to train, on what, how, and where the adapter goes.
+
+    Build it with `Recipe.of(...)` or `load_recipe(path)`: both report every mistake at once as a `LoraError`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(description="Base model: a folder, or a name on the hub.", min_length=1)
+    data: str = Field(
+        description="Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset (name[:split]).",
+        min_length=1,
+    )
+    out: str = Field(description="Folder for the finished adapter.", min_length=1)
+    eval_data: str | None = Field(None, description="Held-out rows; their loss is measured after each epoch.")
+
+    r: int = Field(8, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(
+        None, gt=0, description="Scale: the update is multiplied by alpha / r [default: 2 * r]."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
+    targets: str | list[str] = Field(
+        "all-linear", description="Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression."
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained as well.")
+    train: list[str] = Field(default_factory=list, description="Modules trained whole and saved with the adapter.")
+
+    epochs: float | None = Field(
+        None, gt=0, description="Passes over the data [default: 1, unless max_steps is given]."
+    )
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps, in place of epochs.")
+    batch_size: int = Field(8, ge=1, description="Rows per device in one forward pass.")
+    grad_accum: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="What follows the warm-up.")
+    warmup_steps: int | None = Field(None, ge=0, description="Steps of linear warm-up [default: 3 % of all steps].")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 turns clipping off.")
+
+    max_length: int | None = Field(
+        None, ge=2, description="Longest row in tokens [default: what the model takes, at most 2048]."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Type of the frozen weights; auto is fp32 on a CPU and bf16 on a GPU."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seeds the adapter, the row order and the dropout.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower steps.")
+    log_every: int = Field(10, ge=1, description="Steps between two reports of the loss.")
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Recipe":
+        mistakes = []
+        if self.epochs is not None and self.max_steps is not None:
+            mistakes.append(f"epochs={self.epochs:g} and max_steps={self.max_steps} both set the length: give one")
+        if self.targets in ("", []):
+            mistakes.append("targets is empty: give 'all-linear', name suffixes or a regular expression")
+        if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.max_steps:
+            mistakes.append(
+                f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
+            )
+        if mistakes:
+            raise ValueError("\n  - ".join(mistakes))
+        return self
+
+    @classmethod
+    def of(cls, **fields: Any) -> "Recipe":
+        """A validated recipe from keyword arguments. Raises `LoraError` that lists every mistake."""
+        return _validated(fields, "recipe")
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load_recipe` reads back to an equal recipe; unset fields are left out."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML or JSON file (or none), with `overrides` on top of what the file says.
+
+    Giving `max_steps` over a file's `epochs`, or the reverse, replaces it: the two are one choice.
+
+    Raises:
+        LoraError: no such file, not a mapping, an unknown key, or a value out of range; all mistakes at once.
+    """
+    fields: dict[str, Any] = {} if path is None else _read_mapping(Path(path))
+    overrides = dict(overrides or {})
+    for given, replaced in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if given in overrides and replaced not in overrides:
+            fields.pop(replaced, None)
+    return _validated({**fields, **overrides}, str(path) if path is not None else "recipe")
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise LoraError(f"recipe: there is no file {str(path)!r}; give a YAML or JSON file, or flags alone")
+    try:
+        text = path.read_text(encoding="utf-8")
+        # JSON indented with tabs is not YAML, so each suffix gets its own parser.
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_recipe_loader())
+    except (yaml.YAMLError, ValueError) as error:
+        raise LoraError(f"recipe {str(path)!r} is not valid YAML or JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoraError(f"recipe {str(path)!r} holds {type(content).__name__}; it must be a mapping of field: value")
+    return {str(key): value for key, value in content.items()}
+
+
+def _recipe_loader() -> Any:
+    """PyYAML's safe loader that refuses a key given twice: the first value would be lost without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _validated(fields: Mapping[str, Any], source: str) -> Recipe:
+    # A bare string for a list field is what a YAML author writes for one module.
+    fields = {k: [v] if k == "train" and isinstance(v, str) else v for k, v in fields.items()}
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        mistakes = _merge_union_errors(error.errors())
+    lines = "\n".join(f"  - {mistake}" for mistake in mistakes)
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    raise LoraError(f"{source}: {count}\n{lines}")
+
+
+def _merge_union_errors(errors: list[ErrorDetails]) -> list[str]:
+    """One sentence a field: a union field otherwise reports each of its alternatives."""
+    by_field: dict[str, str] = {}
+    for error in errors:
+        field = str(error["loc"][0]) if error["loc"] else ""
+        if field not in by_field or field == "":
+            by_field[field] = _sentence(field, error)
+    return list(by_field.values())
+
+
+def _sentence(field: str, error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {field!r}{near(field, Recipe.model_fields)}"
+    if error["type"] == "missing":
+        return f"{field} is missing: {Recipe.model_fields[field].description}"
+    if not field:
+        return error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{field} is {error['input']!r}; it must be {message} ({Recipe.model_fields[field].description})"

@@ -1,0 +1,140 @@
+"""Rows of training data from a file or the hub, as plain dictionaries."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraError
+
+Row = dict[str, Any]
+
+
+def read_rows(source: str | Path, argument: str = "data") -> list[Row]:
+    """Every row of a .jsonl, .json, .csv, .parquet or .txt file, or of a hub dataset (`name` or `name:split`).
+
+    A .txt file is one row, `{"text": ...}`. `argument` is what the error messages call the source.
+
+    Raises:
+        LoraError: no such source, an unknown suffix, a row that is not a mapping, or no rows at all.
+    """
+    path = Path(source)
+    if path.is_file():
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
+            raise LoraError(
+                f"{argument}: {str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names"
+            )
+        rows = reader(path, argument)
+    elif path.exists() or path.suffix.lower() in _READERS or str(source).startswith((".", "/", "~")):
+        kind = "is a folder" if path.is_dir() else "is not there"
+        raise LoraError(f"{argument}: {str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
+    else:
+        rows = _read_hub(str(source), argument)
+    if not rows:
+        raise LoraError(f"{argument}: {str(source)!r} holds no rows; give at least one")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise LoraError(
+                f"{argument}: row {number} of {str(source)!r} is {type(row).__name__}; "
+                "every row must be an object with named fields"
+            )
+    return rows
+
+
+def _read_text(path: Path, argument: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LoraError(f"{argument}: {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _read_txt(path: Path, argument: str) -> list[Row]:
+    text = _read_text(path, argument)
+    return [{"text": text}] if text.strip() else []
+
+
+def _read_jsonl(path: Path, argument: str) -> list[Row]:
+    rows = []
+    # split("\n"), not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    for number, line in enumerate(_read_text(path, argument).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise LoraError(f"{argument}: line {number} of {str(path)!r} is not JSON: {error}") from error
+    return rows
+
+
+def _read_json(path: Path, argument: str) -> list[Row]:
+    text = _read_text(path, argument)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line under a .json name, as many published sets are
+            return _read_jsonl(path, argument)
+        raise LoraError(f"{argument}: {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise LoraError(f"{argument}: {str(path)!r} holds {type(content).__name__}; it must be a list of rows")
+    return content
+
+
+def _read_csv(path: Path, argument: str) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, short of a long document
+    text = _read_text(path, argument)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise LoraError(f"{argument}: {str(path)!r}, line {reader.line_num}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        # DictReader files surplus cells under None and fills missing ones with None.
+        if None in row or None in row.values():
+            raise LoraError(
+                f"{argument}: row {number} of {str(path)!r} has not as many cells as the header "
+                f"({', '.join(reader.fieldnames or [])}); quote cells that hold commas"
+            )
+    return rows
+
+
+def _read_parquet(path: Path, argument: str) -> list[Row]:
+    try:
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise LoraError(f"{argument}: {str(path)!r} needs pyarrow; pip install pyarrow") from error
+    try:
+        return list(pq.read_table(path).to_pylist())
+    except pa.ArrowException as error:
+        raise LoraError(f"{argument}: {str(path)!r} is not a readable parquet file: {error}") from error
+
+
+def _read_hub(source: str, argument: str) -> list[Row]:
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise LoraError(
+            f"{argument}: {source!r} is no file here, and a hub name needs datasets; pip install datasets"
+        ) from error
+    name, _, split = source.partition(":")
+    try:
+        found = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # the hub client raises a dozen unrelated classes, from HTTP to ValueError
+        raise LoraError(
+            f"{argument}: {source!r} is no file here, and loading it from the hub failed: {error}. "
+            "Check the spelling, the split (name:split) and the network"
+        ) from error
+    return [dict(row) for row in found]
+
+
+_READERS: dict[str, Callable[[Path, str], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}

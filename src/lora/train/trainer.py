@@ -1,0 +1,273 @@
+"""A recipe into an adapter: load, encode, inject, train with transformers' Trainer, save."""
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+import lora
+
+from ..errors import LoraError
+from ..files import replaced
+from .base import load_base, load_tokenizer, max_positions, pick_dtype
+from .encode import IGNORED, Encoded, EncodedData, encode_rows
+from .progress import RunProgress
+from .quiet import quiet
+from .recipe import RECIPE_FILE, RUN_FILE, Recipe
+from .rows import read_rows
+from .template import PromptTemplate
+from .watch import NonFiniteError, StepWatch
+
+_LONGEST = 2048  # the default max_length of a model that could take more
+_AFTER_NAN = "Lower lr, lengthen the warm-up, or look for broken rows"
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the adapter lies, and the run's numbers.
+
+    metrics: `loss` (mean of the last `log_every` steps), `seconds`, `tokens`, `tokens_per_second`, `steps`,
+    `trainable_parameters`, and `eval_loss` when there was eval_data.
+    """
+
+    out: Path
+    metrics: dict[str, float]
+
+
+class PaddingCollator:
+    """Rows (length,) into a batch (rows, longest), padded on the right; padding is masked and not trained."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad_id)
+        labels = torch.full((len(rows), longest), IGNORED)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            ids[index, :length] = torch.tensor(row["input_ids"])
+            labels[index, :length] = torch.tensor(row["labels"])
+            mask[index, :length] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class LoraTrainer(Trainer):
+    """transformers' Trainer that tells a `StepWatch` of every forward and backward pass."""
+
+    def __init__(self, *, watch: StepWatch, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.watch = watch
+        self.remove_callback(PrinterCallback)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        tokens = inputs["attention_mask"].sum()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.add(loss, tokens.to(loss.device))
+        return loss
+
+
+def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) -> Result:
+    """Trains an adapter as the recipe says and saves it, with the recipe and the run's numbers beside it.
+
+    Nothing but the adapter is written, and it is written once, at the end. When the loss stops being a finite
+    number, or on Ctrl-C, the adapter of the last good step is saved.
+
+    Args:
+        recipe: what to do.
+        force: replace an adapter that is already in `recipe.out`.
+        console: where to show progress; None shows nothing.
+
+    Raises:
+        LoraError: anything wrong with the model, the data or the settings, before the first step.
+        NonFiniteError: the loss or its gradient became NaN or infinite; the message says at which step.
+    """
+    out = _check_out(Path(recipe.out), force)
+    console = console or Console(quiet=True)
+    transformers.set_seed(recipe.seed)
+    template = PromptTemplate(load_tokenizer(recipe.model))
+    length = _max_length(recipe)
+    data = encode_rows(read_rows(recipe.data), template, length)
+    console.print(f"data: {data}", highlight=False)
+    held_out = None
+    if recipe.eval_data is not None:
+        held_out = encode_rows(read_rows(recipe.eval_data, "eval_data"), template, length, "eval_data")
+        console.print(f"eval_data: {held_out}", highlight=False)
+    _check_warmup(recipe, len(data.rows))
+    model = _adapted(recipe)
+    console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
+    watch = StepWatch(window=recipe.log_every)
+    try:
+        _train(recipe, model, template, data, held_out, watch, console)
+    except (NonFiniteError, KeyboardInterrupt) as error:
+        saved = watch.steps > 0 and _finite(model)
+        if saved:
+            _save(recipe, model, out, data, watch, stopped=str(error) or "interrupted")
+        if isinstance(error, NonFiniteError):
+            raise NonFiniteError(error.step, f"{error}. {_kept(out, watch.steps, saved)}. {_AFTER_NAN}") from error
+        console.print(_kept(out, watch.steps, saved), highlight=False)
+        raise
+    if not _finite(model):
+        raise LoraError(f"the adapter holds NaN or infinity after step {watch.steps}, so it was not saved; lower lr")
+    return Result(out, _save(recipe, model, out, data, watch))
+
+
+def _check_out(out: Path, force: bool) -> Path:
+    if out.exists() and not out.is_dir():
+        raise LoraError(f"out: {str(out)!r} is a file; give a folder")
+    if (out / "adapter_config.json").exists() and not force:
+        raise LoraError(f"out: {str(out)!r} already holds an adapter; give another folder, or --force to replace it")
+    return out
+
+
+def _max_length(recipe: Recipe) -> int:
+    most = max_positions(recipe.model)
+    if recipe.max_length is None:
+        return min(most or _LONGEST, _LONGEST)
+    if most is not None and recipe.max_length > most:
+        raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
+    return recipe.max_length
+
+
+def _check_warmup(recipe: Recipe, rows: int) -> None:
+    steps = recipe.max_steps or _steps(recipe, rows)
+    if recipe.warmup_steps is not None and recipe.warmup_steps >= steps:
+        raise LoraError(
+            f"warmup_steps is {recipe.warmup_steps}, but {rows} rows at batch_size {recipe.batch_size} make only "
+            f"{steps} steps; lower warmup_steps or train longer"
+        )
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    a_pass = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
+    return math.ceil((recipe.epochs or 1) * a_pass)
+
+
+def _adapted(recipe: Recipe) -> Any:
+    model = load_base(recipe.model, pick_dtype(recipe.dtype))
+    alpha = recipe.alpha
+    return lora.inject(
+        model,
+        r=recipe.r,
+        # Other tools read lora_alpha as a whole number, so 16.0 goes into the file as 16.
+        alpha=int(alpha) if alpha is not None and alpha.is_integer() else alpha,
+        dropout=recipe.dropout,
+        targets=recipe.targets,
+        bias=recipe.bias,
+        rslora=recipe.rslora,
+        train=recipe.train,
+    )
+
+
+def _train(
+    recipe: Recipe,
+    model: Any,
+    template: PromptTemplate,
+    data: EncodedData,
+    held_out: EncodedData | None,
+    watch: StepWatch,
+    console: Console,
+) -> None:
+    progress = RunProgress(console, watch, recipe.log_every)
+    pad = template.tokenizer.pad_token_id
+    use_cache = getattr(model.config, "use_cache", None)
+    # Trainer makes its output folder even when it saves nothing there.
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        trainer = LoraTrainer(
+            watch=watch,
+            model=model,
+            args=_arguments(recipe, scratch, held_out is not None),
+            train_dataset=data.rows,
+            eval_dataset=held_out.rows if held_out else None,
+            # The padding is masked, so its id does not matter; 0 is in every vocabulary.
+            data_collator=PaddingCollator(0 if pad is None else pad),
+            callbacks=[watch, progress],
+        )
+        try:
+            trainer.train()
+        finally:
+            progress.stop()
+            model.config.use_cache = use_cache  # Trainer turns the cache off for good
+            model.eval()
+
+
+def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.grad_accum,
+        num_train_epochs=recipe.epochs or 1,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.lr,
+        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        warmup_steps=0.03 if recipe.warmup_steps is None else recipe.warmup_steps,  # below 1 it is a share
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind needs an input with a gradient
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch" if evaluate else "no",
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would show 0.0 for a NaN and go on
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        # With several GPUs in one process Trainer would wrap the model in DataParallel, which is slower than one GPU.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _finite(model: Any) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
+
+
+def _kept(out: Path, steps: int, saved: bool) -> str:
+    return f"The adapter as it was after step {steps} is in {str(out)!r}" if saved else "Nothing was saved"
+
+
+def _save(
+    recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: StepWatch, stopped: str | None = None
+) -> dict[str, float]:
+    """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
+    metrics: dict[str, float] = {
+        "loss": watch.recent_loss,
+        "seconds": round(watch.seconds, 3),
+        "tokens": watch.tokens,
+        "tokens_per_second": round(watch.tokens_per_second, 1),
+        "steps": watch.steps,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    if watch.eval_loss is not None:
+        metrics["eval_loss"] = watch.eval_loss
+    record = {
+        "format": data.format,
+        "rows": len(data.rows),
+        "rows_too_long": data.dropped,
+        "max_length": data.max_length,
+        "stopped": stopped,
+        "metrics": metrics,
+        "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    lora.save(model, out)
+    for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
+        with replaced(out / name) as file:
+            file.write_text(content, encoding="utf-8")
+    return metrics

@@ -1,0 +1,84 @@
+"""What happens at each step: the loss is checked before it can do harm, counted and shown."""
+
+import math
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import LoraError
+
+
+class NonFiniteError(LoraError):
+    """The loss or its gradient is NaN or infinite; `step` is the optimizer step that was not taken (from 1)."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
+        self.step = step
+
+
+class StepWatch(TrainerCallback):
+    """Stops the run before a non-finite step; keeps the counts and the recent losses.
+
+    Args:
+        window: over how many steps `recent_loss` is the mean.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.losses: deque[float] = deque(maxlen=window)
+        self.tokens = 0
+        self.steps = 0
+        self.eval_loss: float | None = None
+        self._micro: list[tuple[Tensor, Tensor]] = []
+        self._started = self._ended = 0.0
+
+    def add(self, loss: Tensor, tokens: Tensor) -> None:
+        """One forward and backward pass: its share of the step's loss, and its tokens. No device sync."""
+        self._micro.append((loss.detach().float(), tokens))
+
+    @property
+    def recent_loss(self) -> float:
+        return sum(self.losses) / max(1, len(self.losses))
+
+    @property
+    def seconds(self) -> float:
+        return (self._ended or time.perf_counter()) - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._ended = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: torch.nn.Module = kwargs["model"]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        losses, tokens = zip(*self._micro, strict=True)
+        self._micro.clear()
+        # One sync a step for all three.
+        values = torch.stack([torch.stack(losses).sum(), torch.stack(tokens).sum().float(), norm.to(losses[0].device)])
+        loss, count, gradient = values.tolist()
+        step = state.global_step + 1
+        for name, value in (("loss", loss), ("gradient's norm", gradient)):
+            if not math.isfinite(value):
+                raise NonFiniteError(step, f"step {step}: the {name} is {value}, so the run was stopped before it")
+        self.losses.append(loss)
+        self.tokens += int(count)
+        self.steps = step
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.eval_loss = float(kwargs["metrics"]["eval_loss"])

@@ -1,0 +1,302 @@
+"""Whole runs on a tiny base: what is written, what stays, and what stops them."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora
+from lora import LoraError
+from lora.train import Recipe, load_recipe, run
+from lora.train import trainer as trainer_module
+from lora.train.encode import IGNORED, Encoded, encode_rows
+from lora.train.template import PromptTemplate
+from lora.train.trainer import PaddingCollator
+from lora.train.watch import NonFiniteError
+from tiny_base import save_tiny_base
+
+ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]
+Write = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Write:
+    def write(rows: list[dict[str, str]], name: str = "rows.jsonl") -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def recipe(base: Path, write_rows: Write, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(**changes: Any) -> Recipe:
+        fields = {
+            "model": str(base),
+            "data": write_rows(ROWS),
+            "out": str(tmp_path / "out"),
+            "max_steps": 4,
+            "batch_size": 4,
+            "lr": 1e-2,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "dtype": "fp32",
+        }
+        return Recipe.of(**{**fields, **changes})
+
+    return make
+
+
+def tensors(folder: Path | str) -> dict[str, Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callable[..., Recipe], base: Path) -> None:
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    first = run(recipe(log_every=1, max_steps=1, out=recipe().out + "1")).metrics["loss"]
+    plan = recipe(max_steps=60, batch_size=12, log_every=2, lr=0.03)
+    result = run(plan)
+    assert result.metrics["loss"] < 0.6 * first
+    assert sorted(path.name for path in result.out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recipe.yaml",
+        "run.json",
+    ]
+    assert load_recipe(result.out / "recipe.yaml") == plan
+    record = json.loads((result.out / "run.json").read_text())
+    assert record["metrics"] == result.metrics
+    assert (record["format"], record["rows"], record["stopped"]) == ("prompt/completion", 12, None)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+def test_metrics_count_what_was_trained(recipe: Callable[..., Recipe], base: Path) -> None:
+    plan = recipe(max_steps=None, epochs=2, batch_size=5)
+    metrics = run(plan).metrics
+    template = PromptTemplate(trainer_module.load_tokenizer(str(base)))
+    tokens = encode_rows(ROWS, template, 128).tokens
+    assert metrics["tokens"] == 2 * tokens
+    assert metrics["steps"] == 6
+    assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"], rel=0.01)
+    assert metrics["trainable_parameters"] == sum(t.numel() for t in tensors(plan.out).values())
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(recipe: Callable[..., Recipe]) -> None:
+    outs = [recipe(out=recipe().out + name, seed=seed, dropout=0.1) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    a, b, c = (tensors(run(plan).out) for plan in outs)
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_accumulated_batches_weigh_every_token_alike(recipe: Callable[..., Recipe]) -> None:
+    """Rows of unlike length: a mean of batch means would differ from the mean over tokens."""
+    whole = run(recipe(batch_size=12, max_steps=3, log_every=3))
+    parts = run(recipe(batch_size=3, grad_accum=4, max_steps=3, log_every=3, out=recipe().out + "2"))
+    assert parts.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
+    for key, value in tensors(whole.out).items():
+        assert torch.allclose(tensors(parts.out)[key], value, atol=2e-3), key
+
+
+def test_the_first_loss_is_the_bases_own_on_the_completions(recipe: Callable[..., Recipe], base: Path) -> None:
+    first = run(recipe(max_steps=1, batch_size=12, log_every=1)).metrics["loss"]
+    tokenizer = trainer_module.load_tokenizer(str(base))
+    model = trainer_module.load_base(str(base), torch.float32)
+    total = count = 0.0
+    for row in encode_rows(ROWS, PromptTemplate(tokenizer), 128).rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        on = torch.tensor(row["labels"][1:]) != IGNORED
+        total, count = total - logp[on].sum().item(), count + on.sum().item()
+    assert first == pytest.approx(total / count, rel=1e-4)
+
+
+def test_eval_loss_is_that_of_the_saved_adapter(recipe: Callable[..., Recipe], base: Path, write_rows: Write) -> None:
+    held_out = write_rows([{"prompt": "count 3", "completion": "0 1 2"}], "held.jsonl")
+    plan = recipe(eval_data=held_out)
+    metrics = run(plan).metrics
+    model = trainer_module.load_base(str(base), torch.float32)
+    lora.load(model, plan.out)
+    template = PromptTemplate(trainer_module.load_tokenizer(str(base)))
+    batch = PaddingCollator(0)(encode_rows([{"prompt": "count 3", "completion": "0 1 2"}], template, 128).rows)
+    with torch.no_grad():
+        assert metrics["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
+def test_checkpointing_recomputes_the_same_adapter(recipe: Callable[..., Recipe]) -> None:
+    plain = tensors(run(recipe()).out)
+    assert same(tensors(run(recipe(gradient_checkpointing=True, out=recipe().out + "2")).out), plain)
+
+
+def test_the_adapters_settings_reach_its_config(recipe: Callable[..., Recipe]) -> None:
+    plan = recipe(targets=["q_proj"], train=["norm"], rslora=True, alpha=4)
+    keys = tensors(run(plan).out)
+    assert sum("norm" in key for key in keys) == 1
+    assert all("q_proj" in key or "norm" in key for key in keys)
+    config = json.loads((Path(plan.out) / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["modules_to_save"]) == (True, ["model.norm"])
+    # Engines read lora_alpha as a whole number; 4.0 in the file is none.
+    assert (config["lora_alpha"], type(config["lora_alpha"])) == (4, int)
+
+
+class BreaksAt(nn.Module):
+    """Stands in for the loss function: at one call the loss, or only its gradient, is not a number."""
+
+    def __init__(self, model: nn.Module, call: int, what: str) -> None:
+        super().__init__()
+        self.calls, self.call, self.what = 0, call, what
+        self.forward_of = model.forward
+        model.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.forward_of(*args, **kwargs)
+        self.calls += 1
+        if self.calls == self.call:
+            if self.what == "loss":
+                output.loss = output.loss * math.nan
+            else:  # sqrt has an infinite slope at 0, and 0 * inf is NaN in the backward only
+                output.loss = output.loss + (output.logits * 0).sum().sqrt()
+        return output
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, call: int, what: str) -> None:
+    load = trainer_module.load_base
+
+    def broken(*args: Any) -> Any:
+        model = load(*args)
+        BreaksAt(model, call, what)
+        return model
+
+    monkeypatch.setattr(trainer_module, "load_base", broken)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_stops_the_run_and_the_last_good_adapter_is_kept(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    good = tensors(run(recipe(max_steps=2, out=recipe().out + "-good")).out)
+    break_at(monkeypatch, 3, what)
+    plan = recipe(max_steps=10)
+    with pytest.raises(
+        NonFiniteError, match=rf"step 3: the {what}.* is nan.* after step 2 is in .*lower lr|Lower lr"
+    ) as e:
+        run(plan)
+    assert e.value.step == 3
+    assert isinstance(e.value, LoraError)
+    assert same(tensors(plan.out), good)
+    record = json.loads((Path(plan.out) / "run.json").read_text())
+    assert record["stopped"].startswith("step 3")
+    assert record["metrics"]["steps"] == 2
+
+
+def test_a_nan_inside_an_accumulated_step_stops_it(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_at(monkeypatch, 3, "loss")
+    with pytest.raises(NonFiniteError, match="step 2"):
+        run(recipe(grad_accum=2))
+
+
+def test_a_nan_in_the_first_step_saves_nothing(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    break_at(monkeypatch, 1, "loss")
+    plan = recipe()
+    with pytest.raises(NonFiniteError, match="step 1: the loss is nan.*Nothing was saved"):
+        run(plan)
+    assert not Path(plan.out).exists()
+
+
+def test_ctrl_c_keeps_what_was_trained(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    good = tensors(run(recipe(max_steps=2, out=recipe().out + "-good")).out)
+    step = trainer_module.LoraTrainer.training_step
+    calls: list[int] = []
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(trainer_module.LoraTrainer, "training_step", interrupted)
+    plan = recipe()
+    told = Console(record=True, file=io.StringIO(), width=500)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, console=told)
+    assert same(tensors(plan.out), good)
+    assert f"The adapter as it was after step 2 is in '{plan.out}'" in told.export_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./gone"}, "model: there is no folder './gone'"),
+        ({"model": "a/b/c"}, "model: there is no folder 'a/b/c'"),
+        ({"data": "gone.jsonl"}, "data: 'gone.jsonl' is not there"),
+        ({"eval_data": "gone.jsonl"}, "eval_data: 'gone.jsonl' is not there"),
+        ({"max_length": 4096}, "max_length is 4096, but the model takes 128"),
+        ({"max_steps": None, "warmup_steps": 3}, "warmup_steps is 3, but 12 rows at batch_size 4 make only 3 steps"),
+        ({"targets": ["q_porj"]}, "q_porj.*q_proj"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_first_step(
+    recipe: Callable[..., Recipe], changes: dict[str, Any], message: str
+) -> None:
+    plan = recipe(**changes)
+    with pytest.raises(LoraError, match=message):
+        run(plan)
+    assert not Path(plan.out).exists()
+
+
+def test_an_adapter_is_not_overwritten_without_force(recipe: Callable[..., Recipe]) -> None:
+    plan = recipe(max_steps=1)
+    run(plan)
+    old = tensors(plan.out)
+    with pytest.raises(LoraError, match="already holds an adapter; give another folder, or --force"):
+        run(recipe(max_steps=1, seed=5))
+    assert same(tensors(plan.out), old)
+    run(recipe(max_steps=1, seed=5), force=True)
+    assert not same(tensors(plan.out), old)
+
+
+def test_the_models_limit_is_the_default_length(recipe: Callable[..., Recipe], write_rows: Write) -> None:
+    data = write_rows([*ROWS, {"prompt": "x", "completion": "far too long " * 200}], "long.jsonl")
+    plan = recipe(data=data, max_steps=1)
+    run(plan)
+    record = json.loads((Path(plan.out) / "run.json").read_text())
+    assert (record["max_length"], record["rows"], record["rows_too_long"]) == (128, 12, 1)
+
+
+def test_the_collator_pads_right_and_masks_the_padding() -> None:
+    rows = [Encoded(input_ids=[5, 6, 7], labels=[IGNORED, 6, 7]), Encoded(input_ids=[8], labels=[8])]
+    batch = PaddingCollator(9)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+
+
+def test_nothing_of_transformers_own_is_printed(
+    recipe: Callable[..., Recipe], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    run(recipe())
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+    assert logging.get_verbosity() == level
