@@ -36,7 +36,7 @@ def main() -> None:
         W = base.weight.detach()
         A, B = (nn.Parameter(t) for t in (torch.randn(r, n), torch.randn(n, r)))
         variants = {
-            "raw": lambda W=W, A=A, B=B: F.linear(x, W) + F.linear(F.linear(x, A), B) * s,
+            "raw": lambda W=W, A=A, B=B, s=s: F.linear(x, W) + F.linear(F.linear(x, A), B) * s,
             "lora": lambda layer=ours: layer(x),
             "peft": lambda layer=theirs: layer(x),
             "bare linear": lambda layer=base: layer(x),
@@ -52,7 +52,9 @@ def main() -> None:
                 "us_p80": round(high, 2), "against": against, "ratio": round(ratio(values, seconds[against]), 3),
             })  # fmt: skip
     for row in rows:
-        print(f"{row['mode']:10} {row['variant']:12} {row['us_median']:8.2f} us  {row['ratio']:6.3f} x {row['against']}")
+        print(
+            f"{row['mode']:10} {row['variant']:12} {row['us_median']:8.2f} us  {row['ratio']:6.3f} x {row['against']}"
+        )
     print(write_csv("python_cost", rows))
 
 

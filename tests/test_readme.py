@@ -36,7 +36,7 @@ def test_the_quick_start_runs(folder: Path) -> None:
 
 
 def test_the_tour_runs_after_the_quick_start(folder: Path) -> None:
-    run([sys.executable, "-W", "ignore", "-c", blocks()[0] + blocks()[1]], folder)
+    run([sys.executable, "-W", "ignore", "-c", blocks()[0] + "lora.remove(model)\n" + blocks()[1]], folder)
 
 
 def test_the_commands_run(folder: Path) -> None:

@@ -16,7 +16,7 @@ from .files import replaced_together
 from .fingerprint import difference, fingerprint
 from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
-from .layers.base import hosts
+from .layers.base import base_modules, hosts
 from .peft_format import from_peft, to_peft
 from .resident import is_merged, resident, unwrap
 from .targets import select
@@ -205,7 +205,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:
     """Copy the file's tensors into the prepared parts, each into its place and none left over."""
-    names = {module: name for name, module in root.named_modules()}
+    names = {module: name for name, module in base_modules(root)}
     wanted: dict[str, Tensor] = {}
     for host, _, part in parts:
         wanted |= keys_of(part, names[host])
@@ -238,7 +238,7 @@ def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, T
 def _is_base_copy(root: nn.Module, key: str, value: Tensor) -> bool:
     """Whether a tensor is a copy of the base's own: PEFT adds those of a targeted head or embedding to its files."""
     name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    module = dict(root.named_modules()).get(name.rpartition(".")[0])
+    module = dict(base_modules(root)).get(name.rpartition(".")[0])
     own = module._parameters.get(name.rpartition(".")[2]) if module is not None else None
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 

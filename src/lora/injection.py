@@ -12,6 +12,7 @@ from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
 from .layers.base import acting_class, adapters_of, attach, base_modules, hosts
+from .layers.fused import form_groups
 from .resident import activate_all, resident, unwrap
 from .targets import check_called, default_targets, select
 from .weights import weight_of
@@ -213,6 +214,7 @@ def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: boo
         parameters = dict(part.named_parameters(remove_duplicate=False))
         for name in [f"module.{n}" for n in part.trained] if isinstance(part, Whole) else parameters:
             parameters[name].requires_grad_(trainable)
+    form_groups(hosts(root, LinearAdapters))
     activate_all(root, [adapter.name])
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters, WholeAdapters
 from .layers.base import Adapters, base_modules, hosts, refresh
-from .layers.linear import shifted_bias
-from .ops import low_rank_product
+from .ops import low_rank_product, summed_bias
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
 from .undo import Digest, Patch, row_blocks
@@ -173,7 +172,7 @@ def _merge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> tuple
     old_bias = new_bias = None
     if any(term.bias is not None for term in adapters.terms):
         old_bias = host.get_parameter("bias").detach().clone()
-        new_bias = shifted_bias(old_bias, adapters.terms)
+        new_bias = summed_bias(old_bias, adapters.terms)
         _refuse_overflow(name, new_bias)
     _write_all(host, adapters, new_rows, new_bias, otherwise=(old_rows, old_bias))
     along, norm, lost = sums.tolist()

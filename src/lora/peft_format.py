@@ -64,7 +64,14 @@ def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[s
         "target_parameters": None,
     }
     known["target_modules"], known["layers_to_transform"] = _target_modules(config, targets, modules)
+    known["lora_alpha"] = _whole(known["lora_alpha"])
+    known["alpha_pattern"] = {key: _whole(value) for key, value in config.alpha_pattern.items()}
     return dict(sorted({**known, **adapter.extra}.items()))
+
+
+def _whole(number: float) -> float:
+    """16.0 as 16: some engines read an integer there and nothing else."""
+    return int(number) if float(number).is_integer() else number
 
 
 def from_peft(found: dict[str, Any], where: str) -> tuple[LoraConfig, dict[str, Any]]:

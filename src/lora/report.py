@@ -1,6 +1,7 @@
 """Tables for people: what a model carries, and what a merge kept."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 from .errors import LoraError
-from .layers import LowRank
-from .layers.base import hosts
+from .layers import LinearAdapters, LowRank
+from .layers.base import adapters_of, hosts
+from .layers.fused import why_not
 from .resident import acting, is_merged, resident, unwrap
 
 
@@ -52,6 +54,8 @@ class Summary:
     bytes: int
     acting: list[str]
     merged: bool
+    paths: dict[str, int]
+    groups: int
 
     @property
     def percent(self) -> float:
@@ -70,11 +74,13 @@ class Summary:
             ]
             for r in self.rows
         ]
+        paths = "; ".join(f"{count} linears: {path}" for path, count in self.paths.items())
+        groups = f", {self.groups} groups share an input" if self.groups else ""
         state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"
         return (
             table(["adapter", "target", "module", "out x in", "r", "layers", "parameters"], rows)
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
-            + f"{self.bytes / 2**20:,.2f} MiB; {state}"
+            + f"{self.bytes / 2**20:,.2f} MiB; {state}\n{paths}{groups}"
         )
 
 
@@ -141,4 +147,18 @@ def summary(model: nn.Module) -> Summary:
         bytes=sum(p.nbytes for p in trainable),
         acting=acting(root),
         merged=is_merged(root),
+        paths=dict(Counter(_path(host) for _, host, _ in hosts(root, LinearAdapters))),
+        groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
+
+
+def _path(host: nn.Module) -> str:
+    """How a linear runs, in words."""
+    reason = why_not(host)
+    if reason is not None:
+        return f"plain torch ({reason})"
+    adapters = adapters_of(host)
+    assert isinstance(adapters, LinearAdapters)
+    if torch.cuda.get_device_capability(adapters.frozen.parameter.device)[0] != 9:
+        return "fused, the large products in cuBLAS (no Hopper GPU)"
+    return "fused"

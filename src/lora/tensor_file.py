@@ -31,7 +31,7 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         ends = [entry["data_offsets"][1] for entry in header.values()]
         if file.stat().st_size != 8 + length + max(ends, default=0):
             raise ValueError("it has another length than its header says")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise LoraError(f"{file}: damaged, cut short or no safetensors file ({error}); copy it again") from None
     return header, metadata
 

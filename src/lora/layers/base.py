@@ -115,7 +115,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]: ...
 def hosts(model: nn.Module, kind: type[AdaptersT]) -> Iterator[tuple[str, nn.Module, AdaptersT]]: ...
 def hosts(model: nn.Module, kind: type[Adapters] = Adapters) -> Iterator[tuple[str, nn.Module, Adapters]]:
     """(full name, host, its adapters) for each module that carries adapters, once each, in the model's order."""
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         found = adapters_of(module)
         if isinstance(found, kind):
             yield name, module, found

@@ -1,16 +1,15 @@
 """The low-rank update of a linear map."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..init import init_
-from ..ops import lora_linear
+from ..ops import lora_linear, summed_bias
 from ..weights import FrozenWeight, weight_of
+from . import fused
 from .base import Adapters, LoraLayer
-
-BiasT = TypeVar("BiasT", Tensor, Tensor | None)
 
 
 class LowRank(nn.Module):
@@ -58,6 +57,10 @@ class LoraLinear(LoraLayer):
         # Straight from the dicts: nn.Module's attribute lookup costs a microsecond for each parameter or child,
         # and all of them together would double the time of a small call.
         adapters: Any = self._modules["lora"]
+        if x.device.type in fused.DEVICES:
+            y = fused.run(self, adapters, x)
+            if y is not None:
+                return y
         bias: Tensor | None = self._parameters["bias"]
         training = self.training
         updates = []
@@ -65,7 +68,7 @@ class LoraLinear(LoraLayer):
             own = term._parameters
             updates.append((own["A"], own["B"], term.scaling, term.dropout if training else 0.0))
             if own["bias"] is not None:
-                bias = shifted_bias(self._parameters["bias"], adapters.terms)
+                bias = summed_bias(self._parameters["bias"], adapters.terms)
         return lora_linear(x, adapters.frozen.dense(), bias, updates)
 
 
@@ -80,14 +83,4 @@ class LinearAdapters(Adapters):
         weight = weight_of(host)
         assert weight is not None, type(host)
         self.frozen = weight
-
-
-def shifted_bias(base: BiasT, terms: tuple[LowRank, ...]) -> BiasT:
-    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself."""
-    trained = [t.bias for t in terms if t.bias is not None]
-    if base is None or not trained:
-        return base
-    total = trained[0]
-    for bias in trained[1:]:
-        total = total + (bias - base)
-    return total.to(base.dtype)
+        self.group: Any = None  # the hosts that are fed the same tensor, where there are any

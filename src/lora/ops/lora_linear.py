@@ -1,6 +1,7 @@
 """The one place where the low-rank formula is computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,26 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterabl
         hidden = F.linear(dropped, as_dtype(A, rows.dtype))  # (n, r)
         y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
+
+
+class Biased(Protocol):
+    """What may have a trained bias, (out,)."""
+
+    bias: Tensor | None
+
+
+BiasT = TypeVar("BiasT", Tensor, Tensor | None)
+
+
+def summed_bias(base: BiasT, terms: Sequence[Biased]) -> BiasT:
+    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself."""
+    trained = [t.bias for t in terms if t.bias is not None]
+    if base is None or not trained:
+        return base
+    total = trained[0]
+    for bias in trained[1:]:
+        total = total + (bias - base)
+    return total.to(base.dtype)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,98 @@
+# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
+# Triton is optional and a kernel is a program in its own language: neither carries Python types.
+"""The seeded dropout mask in registers: Philox2x32 of 7 rounds (Salmon et al., 2011), one call for eight elements.
+
+With `group, lane = divmod(col, 256)` and `part, c = divmod(lane, 32)`, element (row, col) takes the part-th byte of the
+two words that the counter (row, 32 group + c) gives, and stays if that byte is at least the call's limit. The limit is
+the upper byte of the 16-bit `threshold`, one more in (lower byte) / 256 of the calls, by a byte of an eighth round: so
+each element is dropped with probability threshold / 65536, at half the arithmetic of 16 bits an element. Columns 32
+apart share a call, so that the thread that draws a word also uses it. `ops/philox.py` is the same in torch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _round(high, low, key):
+    multiplier = tl.full(high.shape, 0xD256D193, tl.uint32)
+    return tl.umulhi(high, multiplier) ^ key ^ low, high * multiplier, key + tl.full(key.shape, 0x9E3779B9, tl.uint32)
+
+
+@triton.jit
+def dropout_words(rows, group, seed_ptr, threshold):
+    """(high, low, limit), each (n, 32), of one group of columns; rows (n, 1), group a number, seed int64 in memory."""
+    seed = tl.load(seed_ptr)
+    key = (seed & 0xFFFFFFFF).to(tl.uint32)
+    shift = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    columns = (group * 32 + tl.arange(0, 32)).to(tl.uint32)[None, :] + shift
+    high = rows.to(tl.uint32) + tl.zeros_like(columns)
+    low = columns + tl.zeros_like(high)
+    for _ in tl.static_range(7):
+        high, low, key = _round(high, low, key)
+    dither, _, _ = _round(high, low, key)
+    limit = (threshold >> 8) + ((dither & 0xFF).to(tl.int32) < (threshold & 0xFF)).to(tl.int32)
+    return high, low, limit.to(tl.uint32) << 24
+
+
+@triton.jit
+def kept(high, low, limit, part: tl.constexpr):
+    """Whether each element of one part (0 to 7) stays."""
+    word = high if part < 4 else low
+    return (word << (24 - 8 * (part % 4))) >= limit
+
+
+@triton.jit
+def masked(x, high, low, limit, part: tl.constexpr):
+    return tl.where(kept(high, low, limit, part), x, 0.0)
+
+
+@triton.jit
+def side_by_side(x0, x1, x2, x3, x4, x5, x6, x7):
+    """Eight (n, 32) tiles as one of (n, 256)."""
+    left = tl.join(tl.join(x0, x4), tl.join(x2, x6))  # (n, 32, high bit, middle bit)
+    right = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    tile = tl.permute(tl.join(left, right), (0, 2, 3, 4, 1))  # (n, high, middle, low bit, 32)
+    return tl.reshape(tile, (x0.shape[0], 256))
+
+
+@triton.jit
+def tile_mask(rows, group, seed_ptr, threshold):
+    """The mask (n, 256) of some rows (n, 1) and one group."""
+    h, lo, t = dropout_words(rows, group, seed_ptr, threshold)
+    return side_by_side(
+        kept(h, lo, t, 0), kept(h, lo, t, 1), kept(h, lo, t, 2), kept(h, lo, t, 3),
+        kept(h, lo, t, 4), kept(h, lo, t, 5), kept(h, lo, t, 6), kept(h, lo, t, 7),
+    )  # fmt: skip
+
+
+@triton.jit
+def _part(x_ptr, rows, x_stride, row_mask, group, columns, high, low, limit, part: tl.constexpr, EVEN: tl.constexpr):
+    cols = (group * 256 + part * 32 + tl.arange(0, 32))[None, :]
+    x = tl.load(
+        x_ptr + rows.to(tl.int64) * x_stride + cols, mask=row_mask if EVEN else row_mask & (cols < columns), other=0.0
+    )
+    return masked(x, high, low, limit, part)
+
+
+@triton.jit
+def load_group(
+    x_ptr, rows, x_stride, row_mask, group, columns, seed_ptr, threshold, DROPOUT: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """mask * x of some rows (n, 1) and one group of 256 columns."""
+    if DROPOUT:
+        h, lo, t = dropout_words(rows, group, seed_ptr, threshold)
+        return side_by_side(
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 0, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 1, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 2, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 3, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 4, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 5, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 6, EVEN),
+            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 7, EVEN),
+        )
+    else:
+        cols = (group * 256 + tl.arange(0, 256))[None, :]
+        mask = row_mask if EVEN else row_mask & (cols < columns)
+        return tl.load(x_ptr + rows.to(tl.int64) * x_stride + cols, mask=mask, other=0.0)

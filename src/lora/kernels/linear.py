@@ -1,0 +1,153 @@
+# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
+# Triton is optional and a kernel is a program in its own language: neither carries Python types.
+"""lora_linear on CUDA: the launches of one forward and one backward pass, and the rule that picks the plan."""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from .expand import expand_
+from .gemm import can_describe, gemm_
+from .outer import outer_
+from .shrink import shrink_
+
+SMALL = 256
+"""Rows under which a call is bound by launches, and cuBLAS's few are the fastest."""
+
+THIN = 64, 32
+"""Ranks up to which our shrink and outer beat cuBLAS (measured at 16, 64, 128); under dropout they always run."""
+
+
+@functools.cache
+def _card(device: torch.device) -> tuple[int, int]:
+    """(compute capability's major number, multiprocessors)"""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
+    """The rule: whether the Triton GEMM with the low-rank term in its accumulator computes this product.
+
+    Measured on one H200 (8192 rows, bf16, r = 16 and 64): it is 0 to 3 % over cuBLAS's bare product at each of
+    4096 -> 1024, 4096, 14336 and 14336 -> 4096, forward and dx, where cuBLAS with the term added first (beta = 1) is
+    3 to 12 % over. Elsewhere (no Hopper, fp32, too few tiles for the card, strides that TMA cannot read) cuBLAS has it.
+    """
+    major, processors = _card(x.device)
+    return (
+        major == 9
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and (x.shape[0] // 128) * (min(weight.shape) // 256) * 2 >= processors
+        and can_describe(x, weight, *thin)
+    )
+
+
+def segments(B: list[Tensor]) -> list[slice]:
+    """The columns of h that belong to each target."""
+    ends = [0]
+    for b in B:
+        ends.append(ends[-1] + b.shape[1])
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def forward(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
+    inv_keep: float, seed: Tensor | None, threshold: int,
+) -> list[Tensor]:  # fmt: skip
+    """[y_i = x W_i^T + b_i + h_i B_i^T ..., h = scales * inv_keep * dropout(x) A^T]; A (R, K), B_i (N_i, R_i)."""
+    rank = A.shape[0]
+    h = _thin(x, rank)
+    _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
+    ys = []
+    for i, (w, b, columns) in enumerate(zip(weights, B, segments(B), strict=True)):
+        h_i, bias = h[:, columns], biases[i] if biases else None
+        if fuses(x, w, h_i, b):
+            y = x.new_empty(x.shape[0], w.shape[0])
+            gemm_(y, x, w, h_i, b, transposed=True, bias=bias)
+        else:  # the thin product first, then the large one into it: 8 us faster than the other way at 8192 x 4096
+            y = h_i @ b.t() if bias is None else torch.addmm(bias, h_i, b.t())
+            y.addmm_(x, w.t())
+        ys.append(y)
+    return [*ys, h]
+
+
+def backward(
+    dys: list[Tensor], x: Tensor, h: Tensor, weights: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
+    inv_keep: float, seed: Tensor | None, threshold: int, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets."""
+    columns = segments(B)
+    g = _thin(x, A.shape[0])  # scales * inv_keep * dy B, (n, R)
+    for dy, b, part in zip(dys, B, columns, strict=True):
+        _shrink_(g[:, part], dy, b.t(), scales[part], inv_keep, None, 0)
+    g = g[:, : A.shape[0]]
+    dA = torch.empty(A.shape, device=x.device, dtype=torch.float32)
+    dBs = [torch.empty(b.shape, device=x.device, dtype=torch.float32) for b in B]
+    dx = torch.empty_like(x) if needs_dx else None
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    ready = main.record_event()
+    if dx is not None:
+        _dx_(dx, dys, weights, g, A, seed, threshold)
+    side.wait_event(ready)
+    # Under the large products: their last wave of tiles leaves a quarter of the card idle.
+    with torch.cuda.stream(side):
+        _outer_(dA, g, x, seed, threshold)
+        for dy, dB, part in zip(dys, dBs, columns, strict=True):
+            _outer_(dB, dy, h[:, part])
+    main.wait_stream(side)
+    return [dA, *dBs] + ([dx] if dx is not None else [])
+
+
+def _dx_(
+    dx: Tensor, dys: list[Tensor], weights: list[Tensor], g: Tensor, A: Tensor, seed: Tensor | None, threshold: int
+) -> None:
+    """dx = mask * (g A) + sum of dy_i W_i: the low-rank part and the first product in one, the others on top of it.
+
+    Under dropout the masked part is written first and cuBLAS adds to it: measured as fast as a mask inside the GEMM at
+    4096 x 4096, and 4 % faster at 14336 x 4096.
+    """
+    first = max(range(len(dys)), key=lambda i: weights[i].shape[0])
+    if seed is not None:
+        expand_(dx, g, A, seed, threshold)
+        done = -1
+    elif fuses(dys[first], weights[first], g, A, dx):
+        gemm_(dx, dys[first], weights[first], g, A, transposed=False)
+        done = first
+    else:
+        torch.mm(g, A, out=dx)
+        done = -1
+    for i, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+        if i != done:
+            dx.addmm_(dy, w)
+
+
+def _shrink_(
+    out: Tensor, x: Tensor, w: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
+) -> None:
+    """out = scales * inv_keep * dropout(x) w^T; cuBLAS for few rows and for many ranks."""
+    if seed is None and (x.shape[0] < SMALL or w.shape[0] > THIN[0]):
+        torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
+    else:
+        shrink_(out, x, w, scales, seed, threshold, inv_keep)
+
+
+def _outer_(out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0) -> None:
+    """out = p^T dropout(x) in fp32, one of the two thin; the mask is for x."""
+    if seed is None and p.shape[0] and (p.shape[0] < SMALL or min(out.shape) > THIN[1]):
+        torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
+    elif p.shape[1] <= x.shape[1] or seed is not None:
+        outer_(out, p, x, seed, threshold)
+    else:
+        outer_(out.t(), x, p)
+
+
+def _thin(x: Tensor, rank: int) -> Tensor:
+    """An (n, R) buffer whose rows start on 16 bytes, as TMA wants."""
+    padded = -(-rank // 8) * 8
+    return (x.new_empty if padded == rank else x.new_zeros)(x.shape[0], padded)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,52 @@
+"""Block sizes as data, looked up by shape class and never searched at run time.
+
+Measured on one H200 (8192 rows, bf16, K = 4096 and 14336, r = 16, 64 and 128); on a card with less shared memory the
+same blocks take fewer stages.
+"""
+
+from torch import Tensor, cuda
+
+SHRINK = {  # (ranks up to, dropout): rows, ranks, parts of the columns (narrow, wide), warps, stages
+    (32, False): (64, 32, (1, 1), 4, 4),
+    (64, False): (64, 64, (1, 1), 4, 3),
+    (512, False): (64, 128, (1, 1), 4, 2),
+    (32, True): (32, 32, (2, 4), 4, 3),
+    (512, True): (64, 64, (1, 1), 8, 3),
+}
+OUTER = {  # (ranks up to, dropout): rows a step, ranks, slabs of rows (narrow, wide), warps, stages
+    (32, False): (64, 32, (16, 4), 4, 3),
+    (512, False): (64, 128, (8, 2), 8, 3),
+    (32, True): (32, 32, (16, 4), 4, 3),
+    (64, True): (32, 64, (16, 4), 4, 3),
+    (512, True): (32, 128, (16, 4), 8, 3),
+}
+WIDE = 8192  # columns from which on the second number holds
+
+
+def _entry(
+    table: dict[tuple[int, bool], tuple[int, int, tuple[int, int], int, int]], x: Tensor, rank: int, dropout: bool
+) -> tuple[int, int, int, int, int]:
+    limit = min(top for top, drops in table if drops == dropout and (rank <= top or top == 512))
+    rows, ranks, parts, warps, stages = table[limit, dropout]
+    ranks = min(ranks, max(16, 1 << (rank - 1).bit_length()))
+    if x.is_cuda:
+        memory = cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
+        stages = max(1, min(stages, memory // ((rows + ranks) * 256 * x.element_size())))
+    return rows, ranks, parts[x.shape[1] > WIDE], warps, stages
+
+
+def shrink_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
+    """BM rows and BR ranks a program, SPLITS parts of the columns."""
+    rows, ranks, parts, warps, stages = _entry(SHRINK, x, rank, dropout)
+    return {"BM": rows, "BR": ranks, "SPLITS": parts, "warps": warps, "stages": stages}
+
+
+def outer_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
+    """BN rows a step, BR ranks a program, SPLITS slabs of rows."""
+    rows, ranks, parts, warps, stages = _entry(OUTER, x, rank, dropout)
+    return {"BN": rows, "BR": ranks, "SPLITS": parts, "warps": warps, "stages": stages}
+
+
+def gemm_config() -> dict[str, int]:
+    """The tile of the large product, on Hopper alone."""
+    return {"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "HALVES": 0, "warps": 8, "stages": 3}

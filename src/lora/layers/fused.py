@@ -1,0 +1,151 @@
+"""When a linear runs as one fused operator, and which linears of one input run together."""
+
+import importlib.util
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import summed_bias
+from ..ops.fused_linear import fused_linear
+from .base import adapters_of
+
+SHARED_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Names of siblings that are usually fed the same tensor; each call confirms it."""
+
+
+DEVICES = ("cuda",)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Group:
+    """Hosts that are fed one tensor. The first called computes for all, the others collect what is theirs.
+
+    A member called with another tensor dissolves the group, and everyone computes alone from then on. Nothing is held
+    once the last member has collected.
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        self.members = members
+        self.x: Tensor | None = None
+        self.key: tuple[int, bool] | None = None
+        self.ready: dict[int, Tensor] = {}
+
+    def collect(self, host: nn.Module, x: Tensor) -> Tensor:
+        """y for this host; the caller has checked that the host is one to fuse."""
+        place = self.members.index(host)
+        key = (0 if torch.compiler.is_compiling() else _version(x), torch.is_grad_enabled())
+        if place in self.ready:
+            if x is self.x and key == self.key:
+                y = self.ready.pop(place)
+                if not self.ready:
+                    self.x = self.key = None
+                return y
+            self.dissolve()
+            return compute([host], x)[0]
+        together = [m for m in self.members if m is host or _joins(m, host, x)]
+        outputs = compute(together, x)
+        self.ready = {self.members.index(m): y for m, y in zip(together, outputs, strict=True)}
+        y = self.ready.pop(place)
+        self.x, self.key = (x, key) if self.ready else (None, None)
+        return y
+
+    def dissolve(self) -> None:
+        self.x, self.key, self.ready = None, None, {}
+        for member in self.members:
+            adapters: Any = adapters_of(member)
+            if adapters is not None:
+                adapters.group = None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
+    """Group the hosts of linears that are siblings, have one input width and are usually fed one tensor."""
+    siblings: dict[str, dict[str, nn.Module]] = {}
+    for name, host, _ in hosts:
+        parent, _, leaf = name.rpartition(".")
+        siblings.setdefault(parent, {})[leaf] = host
+    for children in siblings.values():
+        for leaves in SHARED_INPUT:
+            members = [children[leaf] for leaf in leaves if leaf in children]
+            if len(members) > 1 and len({_adapters(m).frozen.shape[1] for m in members}) == 1:
+                group = Group(members)
+                for member in members:
+                    _adapters(member).group = group
+
+
+def why_not(host: nn.Module, x: Tensor | None = None) -> str | None:
+    """Why this host does not run fused, in words, or None. Without x, it is taken to be as the weight is."""
+    adapters = _adapters(host)
+    weight = adapters.frozen.parameter
+    kind, dtype = (weight.device.type, weight.dtype) if x is None else (x.device.type, x.dtype)
+    if kind not in DEVICES:
+        return f"on {kind}"
+    if dtype not in DTYPES:
+        return f"{str(dtype)[6:]} compute"
+    if weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+        return "autocast over weights of another dtype"
+    if not has_triton():
+        return "triton is not installed"
+    if host.training and len({term.dropout for term in adapters.terms}) > 1:
+        return "active adapters with different dropout"
+    return None
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:
+    """The fused result, or None where the host does not run fused."""
+    if why_not(host, x) is not None:
+        return None
+    group: Group | None = adapters.group
+    return compute([host], x)[0] if group is None else group.collect(host, x)
+
+
+def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
+    """y of each host for one input, as one operator: one shrink, one dA, one sum for dx."""
+    all_terms = [_adapters(host).terms for host in hosts]
+    biases = [summed_bias(h._parameters["bias"], t) for h, t in zip(hosts, all_terms, strict=True)]
+    return fused_linear(
+        x,
+        [_adapters(host).frozen.dense() for host in hosts],
+        None if biases[0] is None else [b for b in biases if b is not None],
+        [[t.A for t in terms] for terms in all_terms],
+        [[t.B for t in terms] for terms in all_terms],
+        [[t.scaling for t in terms] for terms in all_terms],
+        dropout=all_terms[0][0].dropout if hosts[0].training else 0.0,
+    )
+
+
+def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
+    """Whether a member can be computed together with the host that was called."""
+    mine: Any = adapters_of(host)
+    its: Any = adapters_of(member)
+    if its is None or not its.terms or its.undo is not None or member.training != host.training:
+        return False
+    if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
+        return False
+    same_dropout = {t.dropout for t in its.terms} == {t.dropout for t in mine.terms} or not host.training
+    return same_dropout and (member._parameters["bias"] is None) == (host._parameters["bias"] is None)
+
+
+def _adapters(host: nn.Module) -> Any:
+    adapters = adapters_of(host)
+    assert adapters is not None
+    return adapters

@@ -1,0 +1,267 @@
+# mypy: disable-error-code="no-untyped-call"
+# torch.library's registration functions carry no types.
+"""lora_linear as one operator: several linears of one input, their low-rank updates, dropout by seed.
+
+    h = scales / (1 - p) * (mask * x) A^T                       (n, R)    A: every target's and adapter's, stacked
+    y_i = x W_i^T + b_i + h_i B_i^T                             (n, N_i)  h_i: the target's columns of h
+    g_i = scales_i / (1 - p) * dy_i B_i                         (n, R_i)
+    dA = g^T (mask * x),  dB_i = dy_i^T h_i,  dx = sum of dy_i W_i + mask * (g A)
+
+Saved for the backward pass: x and h. The mask comes again from the seed. The functions here are the plain-torch form,
+which is the CPU path and the oracle; `kernels/linear.py` is the CUDA path.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import draw_seed, inverse_keep, keep_mask, threshold
+
+LIBRARY = torch.library.Library("lora", "FRAGMENT")
+LIBRARY.define(
+    "fused_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] A, Tensor[] B, Tensor A_cast, Tensor[] B_cast,"
+    " Tensor scales, float dropout, Tensor? seed) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "fused_linear_backward(Tensor[] dys, Tensor x, Tensor h, Tensor[] weights, Tensor A_cast, Tensor[] B_cast,"
+    " Tensor scales, float dropout, Tensor? seed, bool needs_dx) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Copies(NamedTuple):
+    """What a step computes with, made from the fp32 masters once a step."""
+
+    A: Tensor  # (R, in), the targets' ranks one after the other, each target's adapters one after the other
+    B: list[Tensor]  # (out_i, R_i) for each target
+    scales: Tensor  # (R,) fp32
+
+
+def make_copies(
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    scalings: Sequence[Sequence[float]],
+    dtype: torch.dtype,
+) -> Copies:
+    """Copies of the masters in the compute dtype; each argument is indexed by target, then by adapter.
+
+    Args:
+        A: (r, in) each; B: (out, r) each; scalings: alpha / r or what stands for it, one number each.
+    """
+    flat = [a.detach() for target in A for a in target]
+    ranks = [a.shape[0] for a in flat]
+    numbers = [s for target in scalings for s in target]
+    device = flat[0].device
+    if len(set(numbers)) == 1:
+        scales = torch.full((sum(ranks),), numbers[0], device=device, dtype=torch.float32)
+    else:
+        parts = [torch.full((r,), s, device=device, dtype=torch.float32) for r, s in zip(ranks, numbers, strict=True)]
+        scales = torch.cat(parts)
+    stacked = _cast(flat, 0, dtype)
+    return Copies(stacked, [_cast([b.detach() for b in target], 1, dtype) for target in B], scales)
+
+
+def _cast(tensors: list[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    return joined.to(dtype).contiguous()
+
+
+def fused_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    scalings: Sequence[Sequence[float]],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    copies: Copies | None = None,
+) -> list[Tensor]:
+    """y_i = x W_i^T + b_i + sum over the target's adapters of s dropout(x) A^T B^T, for targets that share x.
+
+    Args:
+        x: (..., in); weights: (out_i, in) each, in x's dtype; biases: (out_i,) each, or None for none.
+        A, B, scalings: by target, then by adapter: (r, in), (out_i, r) and a number. Gradients go to these, in their
+            own dtype, from fp32 sums.
+        dropout: one probability and one mask for all of them; seed: (1,) int64 on x's device, drawn if None.
+        copies: what `make_copies` gave for these A and B, where the caller keeps it over a step.
+
+    Returns:
+        (..., out_i) for each target.
+    """
+    copies = copies or make_copies(A, B, scalings, x.dtype)
+    if not dropout:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = torch.ops.lora.fused_linear(
+        rows, list(weights), list(biases or []), flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
+    )
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(weights)]]
+
+
+# The operator on the CPU, and wherever else nothing faster is registered.
+
+
+def _columns(B: list[Tensor]) -> list[int]:
+    return [b.shape[1] for b in B]
+
+
+def _masked(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], dropout)
+
+
+def _gradient_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scale(scales: Tensor, dropout: float, seed: Tensor | None, like: Tensor) -> Tensor:
+    return (scales * (1.0 if seed is None else inverse_keep(dropout))).to(_gradient_dtype(like))
+
+
+def _reference(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], A_cast: Tensor,
+    B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    rank = A_cast.shape[0]
+    h = x.new_zeros(x.shape[0], -(-rank // 8) * 8)
+    h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
+    ys = []
+    for i, (w, b, part) in enumerate(zip(weights, B_cast, h[:, :rank].split(_columns(B_cast), 1), strict=True)):
+        y = torch.nn.functional.linear(x, w, biases[i] if biases else None)
+        ys.append(y.addmm_(part, b.t()))
+    return [*ys, h]
+
+
+def _reference_backward(
+    dys: list[Tensor], x: Tensor, h: Tensor, weights: list[Tensor], A_cast: Tensor, B_cast: list[Tensor],
+    scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    rank, dtype = A_cast.shape[0], _gradient_dtype(x)
+    g = torch.cat([dy @ b for dy, b in zip(dys, B_cast, strict=True)], 1)
+    g = (g * _scale(scales, dropout, seed, x)).to(x.dtype)
+    dA = (g.t() @ _masked(x, dropout, seed)).to(dtype)
+    parts = h[:, :rank].split(_columns(B_cast), 1)
+    dBs = [(dy.t() @ part).to(dtype) for dy, part in zip(dys, parts, strict=True)]
+    if not needs_dx:
+        return [dA, *dBs]
+    dx = _masked(g @ A_cast, dropout, seed)
+    for dy, w in zip(dys, weights, strict=True):
+        dx = dx.addmm_(dy, w)
+    return [dA, *dBs, dx]
+
+
+# On CUDA.
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:
+    return (1.0, None, 0) if seed is None else (inverse_keep(dropout), seed, threshold(dropout))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As the kernels read it: unit column stride, rows apart by at least their length."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def _cuda(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], A_cast: Tensor,
+    B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    if x.element_size() != 2 or not _has_triton():
+        return _reference(x, weights, biases, A, B, A_cast, B_cast, scales, dropout, seed)
+    from ..kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.forward(_rows(x), weights, biases, A_cast, B_cast, scales, *_dropout_numbers(dropout, seed))
+
+
+def _cuda_backward(
+    dys: list[Tensor], x: Tensor, h: Tensor, weights: list[Tensor], A_cast: Tensor, B_cast: list[Tensor],
+    scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    if x.element_size() != 2 or not _has_triton():
+        return _reference_backward(dys, x, h, weights, A_cast, B_cast, scales, dropout, seed, needs_dx)
+    from ..kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.backward(
+            [_rows(dy) for dy in dys], _rows(x), h, weights, A_cast, B_cast, scales,
+            *_dropout_numbers(dropout, seed), needs_dx,
+        )  # fmt: skip
+
+
+# Shapes, and gradients.
+
+
+def _fake(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], A: list[Tensor], B: list[Tensor], A_cast: Tensor,
+    B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    h = x.new_empty(x.shape[0], -(-A_cast.shape[0] // 8) * 8)
+    return [*(x.new_empty(x.shape[0], w.shape[0]) for w in weights), h]
+
+
+def _fake_backward(
+    dys: list[Tensor], x: Tensor, h: Tensor, weights: list[Tensor], A_cast: Tensor, B_cast: list[Tensor],
+    scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    dtype = _gradient_dtype(x)
+    grads = [t.new_empty(t.shape, dtype=dtype) for t in (A_cast, *B_cast)]
+    return [*grads, x.new_empty(x.shape)] if needs_dx else grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, biases, A, B, A_cast, B_cast, scales, dropout, seed = inputs
+    h = output[-1]
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, h, A_cast, scales, seed, *weights, *B_cast)
+    ctx.dropout, ctx.targets, ctx.has_bias = dropout, len(weights), bool(biases)
+    ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, h, A_cast, scales, seed, *rest = ctx.saved_tensors
+    weights, B_cast = rest[: ctx.targets], rest[ctx.targets :]
+    dys = [
+        x.new_zeros(x.shape[0], w.shape[0]) if dy is None else dy for dy, w in zip(grads, weights, strict=False)
+    ]  # fmt: skip
+    needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
+    dA, *dBs = torch.ops.lora.fused_linear_backward(
+        dys, x, h, weights, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
+    )
+    dx = dBs.pop() if needs_x else None
+    shapes = ctx.masters[: len(ctx.masters) // 2]
+    ranks = [shape[0] for shape, _ in shapes]
+    grad_A = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes, strict=True)]
+    grad_B, adapters = [], iter(ctx.masters[len(shapes) :])
+    for dB in dBs:
+        start = 0
+        while start < dB.shape[1]:
+            shape, dtype = next(adapters)
+            grad_B.append(dB[:, start : start + shape[1]].to(dtype))
+            start += shape[1]
+    grad_w = [dy.t() @ x if needs else None for dy, needs in zip(dys, needs_w, strict=True)]
+    grad_b = [dy.sum(0) if needs else None for dy, needs in zip(dys, needs_b, strict=True)] if ctx.has_bias else []
+    return dx, grad_w, grad_b, grad_A, grad_B, None, [None] * len(B_cast), None, None, None
+
+
+LIBRARY.impl("fused_linear", _reference, "CPU")
+LIBRARY.impl("fused_linear_backward", _reference_backward, "CPU")
+LIBRARY.impl("fused_linear", _cuda, "CUDA")
+LIBRARY.impl("fused_linear_backward", _cuda_backward, "CUDA")
+torch.library.register_fake("lora::fused_linear", _fake, lib=LIBRARY)
+torch.library.register_fake("lora::fused_linear_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("lora::fused_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,163 @@
+"""The Triton kernels against float64, through Triton's interpreter: small odd shapes, outputs poisoned with NaN.
+
+The interpreter must be switched on before triton is imported, so these tests run this file in a process of its own.
+"""
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = [(63, 341), (5, 256)]
+RANKS = [1, 7, 16, 24, 64, 200]
+DTYPES = [torch.float32, torch.float16]  # the interpreter's bf16 products are wrong
+
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process that test_through_the_interpreter starts"
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_through_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def close(value: Tensor, truth: Tensor) -> bool:
+    """Within rounding to value's dtype, by norm; NaN is never close."""
+    bound = {torch.float32: 1e-6, torch.float16: 5e-4}[value.dtype]
+    return bool((value.double() - truth).norm() <= bound * truth.norm() + 1e-30)
+
+
+def dropout(p: float, rows: int, columns: int) -> tuple[Tensor | None, int, float, Tensor]:
+    """(seed, threshold, inverse keep, the mask as float64)"""
+    from lora.ops.philox import inverse_keep, keep_mask, threshold
+
+    if not p:
+        return None, 0, 1.0, torch.ones(rows, columns, dtype=torch.float64)
+    seed = torch.tensor([2**61 + 987654321])
+    return seed, threshold(p), inverse_keep(p), keep_mask(seed, rows, columns, p).double()
+
+
+CASES = [
+    case
+    for i, case in enumerate(itertools.product(SHAPES, RANKS, DTYPES, (0.0, 0.3)))
+    if (case[0] == SHAPES[0] or i % 5 == 0) and case[1:3] != (200, torch.float32)
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("shape", "rank", "dtype", "p"), CASES)
+def test_shrink_and_outer(shape: tuple[int, int], rank: int, dtype: torch.dtype, p: float) -> None:
+    from lora.kernels.outer import outer_
+    from lora.kernels.shrink import shrink_
+
+    rows, columns = shape
+    seed, limit, scale, mask = dropout(p, rows, columns)
+    x, w, g, scales = (
+        random(rows, columns, dtype=dtype),
+        random(rank, columns, dtype=dtype),
+        random(rows, rank),
+        random(rank),
+    )
+    dropped, g = x.double() * mask, g.to(dtype)
+    truth = dropped @ w.double().t() * scales.double() * scale
+    out = poisoned(rows, -(-rank // 8) * 8, dtype=dtype)[:, :rank]
+    assert close(shrink_(out, x, w, scales, seed, limit, scale), truth)
+    tall = w.t().contiguous().t()  # stored (K, R)
+    config = {"BM": 32, "BR": 16, "SPLITS": 3, "warps": 4, "stages": 2}
+    assert close(shrink_(out.fill_(float("nan")), x, tall, scales, seed, limit, scale, config), truth)
+    truth = g.double().t() @ dropped
+    assert close(outer_(poisoned(rank, columns), g, x, seed, limit), truth)
+    config = {"BN": 32, "BR": 16, "SPLITS": 2, "warps": 4, "stages": 2}
+    assert close(outer_(poisoned(columns, rank).t(), g, x, seed, limit, config), truth)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [8, 72, 136])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_gemm(rank: int, transposed: bool, dtype: torch.dtype) -> None:
+    from lora.kernels.gemm import gemm_
+
+    rows, depth, width = 63, 72, 304
+    x, w, h, b, bias = random(rows, depth), random(depth, width), random(rows, rank), random(rank, width), random(width)
+    x, w, h, b, bias = (t.to(dtype) for t in (x, w, h, b, bias))
+    truth = x.double() @ w.double() + bias.double() + h.double() @ b.double()
+    if transposed:
+        w, b = w.t().contiguous(), b.t().contiguous()
+    config = {
+        "BM": 64,
+        "BN": 256,
+        "BK": 64,
+        "GROUP_M": 8,
+        "HALVES": rank % 16 // 8,
+        "FLATTEN": 1,
+        "warps": 8,
+        "stages": 3,
+    }
+    y = poisoned(rows, width, dtype=dtype)
+    assert close(gemm_(y, x, w, h, b, transposed=transposed, bias=bias, config=config), truth)
+
+
+@needs_interpreter
+def test_gemm_reads_a_slice_of_h() -> None:
+    from lora.kernels.gemm import can_describe, gemm_
+
+    x, w, h, b = random(40, 64), random(48, 64), random(40, 32)[:, 8:24], random(48, 16)
+    assert can_describe(x, w, h, b)
+    assert not can_describe(random(40, 63))
+    assert not can_describe(random(64, 40).t())
+    y = gemm_(poisoned(40, 48), x, w, h, b, transposed=True)
+    assert close(y, x.double() @ w.double().t() + h.double() @ b.double().t())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.996])
+def test_mask_is_the_references(p: float) -> None:
+    from lora.kernels.expand import expand_
+
+    seed, limit, _, mask = dropout(p, 63, 341)
+    drawn = expand_(poisoned(63, 341), torch.ones(63, 1), torch.ones(1, 341), seed, limit)
+    assert torch.equal(drawn.double(), mask)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rank", [1, 24, 200])
+def test_expand(rank: int) -> None:
+    from lora.kernels.expand import expand_
+
+    seed, limit, _, mask = dropout(0.3, 63, 341)
+    g, a = random(63, rank), random(rank, 341)
+    assert close(expand_(poisoned(63, 341), g, a, seed, limit), mask * (g.double() @ a.double()))
+
+
+@needs_interpreter
+def test_rows_of_any_stride_and_no_rows() -> None:
+    from lora.kernels.outer import outer_
+    from lora.kernels.shrink import shrink_
+
+    x, w, g, scales = random(33, 700)[:, 100:441], random(8, 341), random(33, 16)[:, 8:], torch.ones(8)
+    truth = x.double() @ w.double().t()
+    assert close(shrink_(poisoned(33, 8), x, w, scales, None, 0, 1.0), truth)
+    assert close(outer_(poisoned(8, 341), g, x), g.double().t() @ x.double())
+    shrink_(torch.empty(0, 8), x[:0], w, scales, None, 0, 1.0)
+    assert not outer_(poisoned(8, 341), g[:0], x[:0]).any()

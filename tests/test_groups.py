@@ -1,0 +1,204 @@
+"""Linears that share an input run as one operator: on the CPU here, through the operator's plain-torch form."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora
+from conftest import randomize, tiny_bert, tiny_llama
+from lora.layers import fused
+from lora.layers.base import hosts
+
+CALLS: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fused.fused_linear
+
+    def counted(x, weights, *rest, **keywords):  # type: ignore[no-untyped-def]
+        CALLS.append(len(weights))
+        return real(x, weights, *rest, **keywords)
+
+    monkeypatch.setattr(fused, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(fused, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(fused, "has_triton", lambda: True)
+    monkeypatch.setattr(fused, "fused_linear", counted)
+    CALLS.clear()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return randomize(lora.inject(tiny_llama(), r=4, targets="all-linear"))
+
+
+def plain(model: nn.Module, run) -> object:  # type: ignore[no-untyped-def]
+    """The same without the fused path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "DEVICES", ())
+        return run(model)
+
+
+def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
+
+
+def idle(model: nn.Module) -> bool:
+    groups = [a.group for _, _, a in hosts(model) if a.group is not None]
+    return bool(groups) and all(g.x is None and not g.ready for g in groups)
+
+
+def test_q_k_v_and_gate_up_run_together(model: nn.Module, ids: Tensor) -> None:
+    got = model(ids).logits
+    assert CALLS == [3, 1, 2, 1] * 3
+    assert idle(model)
+    torch.testing.assert_close(got, plain(model, lambda m: m(ids).logits), rtol=1e-4, atol=1e-5)
+    same(gradients(model, ids), plain(model, lambda m: gradients(m, ids)))
+
+
+def test_bert_with_biases(ids: Tensor) -> None:
+    model = randomize(lora.inject(tiny_bert(), targets="all-linear", bias="lora_only"))
+    got = model(ids).logits
+    assert 3 in CALLS
+    torch.testing.assert_close(got, plain(model, lambda m: m(ids).logits), rtol=1e-4, atol=1e-5)
+
+
+def test_two_active_adapters_of_other_targets_and_ranks(ids: Tensor) -> None:
+    model = randomize(lora.inject(tiny_llama(), r=4, targets=["q_proj", "k_proj", "v_proj"], name="one"))
+    randomize(lora.inject(model, r=3, alpha=1, targets=["k_proj", "gate_proj", "up_proj"], name="two"), seed=2)
+    lora.activate(model, ["one", "two"])
+    got = model(ids).logits
+    assert CALLS == [3, 2] * 3
+    torch.testing.assert_close(got, plain(model, lambda m: m(ids).logits), rtol=1e-4, atol=1e-5)
+    same(gradients(model, ids), plain(model, lambda m: gradients(m, ids)))
+    lora.activate(model, "two")
+    CALLS.clear()
+    torch.testing.assert_close(model(ids).logits, plain(model, lambda m: m(ids).logits), rtol=1e-4, atol=1e-5)
+    assert CALLS == [1, 2] * 3
+
+
+class Cross(nn.Module):
+    """k and v see another tensor than q."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return self.q_proj(x) + self.k_proj(memory) * self.v_proj(memory)
+
+
+def test_members_that_are_fed_other_tensors_are_right_and_part() -> None:
+    model = randomize(lora.inject(nn.Sequential(Cross()), targets=["q_proj", "k_proj", "v_proj"]))[0]
+    for _ in range(2):
+        x, memory = torch.randn(3, 8), torch.randn(3, 8)
+        torch.testing.assert_close(model(x, memory), plain(model, lambda m: m(x, memory)))  # noqa: B023
+    assert model.q_proj.lora.group is None
+    assert CALLS[-3:] == [1, 1, 1]
+
+
+def test_an_input_changed_in_place_between_members_is_seen() -> None:
+    model = randomize(lora.inject(nn.Sequential(Cross()), targets=["q_proj", "k_proj", "v_proj"]))[0]
+    x = torch.randn(3, 8)
+    model.q_proj(x)
+    x += 1
+    torch.testing.assert_close(model.k_proj(x), plain(model, lambda m: m.k_proj(x)))
+
+
+def test_a_member_that_is_never_called_leaves_nothing_wrong() -> None:
+    model = randomize(lora.inject(nn.Sequential(Cross()), targets=["q_proj", "k_proj", "v_proj"]))[0]
+    for _ in range(3):
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(model.q_proj(x), plain(model, lambda m: m.q_proj(x)))  # noqa: B023
+
+
+def test_nothing_is_kept_alive_after_the_last_one_collected(model: nn.Module, ids: Tensor) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda m, a: alive.append(weakref.ref(a[0]))
+    )
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    gc.collect()
+    assert len(alive) == 1
+    assert alive[0]() is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(model: nn.Module, ids: Tensor, reentrant: bool) -> None:
+    model.train()
+    want = gradients(model, ids)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    same(gradients(model, ids), want)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_is_the_same_when_recomputed(ids: Tensor, reentrant: bool) -> None:
+    model = randomize(lora.inject(tiny_llama(), r=4, targets="all-linear", dropout=0.3)).train()
+    want = gradients(model, ids)
+    again = gradients(model, ids)
+    assert all(torch.equal(want[n], again[n]) for n in want)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    same(gradients(model, ids), want)
+
+
+def test_compile_fullgraph(model: nn.Module, ids: Tensor) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert idle(model)
+
+
+def test_hooks_of_every_member_run(model: nn.Module, ids: Tensor) -> None:
+    seen = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(model.model.layers[0].self_attn, name).register_forward_hook(lambda m, a, y: seen.append(y.shape[-1]))
+    model(ids)
+    assert seen == [48, 24, 24]
+
+
+def test_copies_have_groups_of_their_own(model: nn.Module, ids: Tensor) -> None:
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        for _, host, adapters in hosts(twin):
+            assert adapters.group is None or host in adapters.group.members
+
+
+def test_disabled_merged_and_removed_members(model: nn.Module, ids: Tensor) -> None:
+    base = tiny_llama()(ids).logits
+    with lora.disabled(model):
+        assert torch.equal(model(ids).logits, base)
+    want = model(ids).logits
+    lora.merge(model)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+    lora.unmerge(model)
+    assert torch.equal(model(ids).logits, want)
+    lora.inject(model, targets=["q_proj"], name="other")
+    lora.activate(model, "default")
+    assert torch.equal(model(ids).logits, want)
+    lora.remove(model, "default")
+    assert torch.equal(model(ids).logits, base)
+
+
+def test_summary_says_what_is_fused_and_why_not(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "DEVICES", ("cuda",))
+    assert "21 linears: plain torch (on cpu), 6 groups share an input" in str(lora.summary(model))
