@@ -27,7 +27,7 @@ def fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fused, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(fused, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(fused, "has_triton", lambda: True)
+    monkeypatch.setattr(fused, "HAS_TRITON", True)
     monkeypatch.setattr(fused, "fused_linear", counted)
     CALLS.clear()
 

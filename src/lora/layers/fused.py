@@ -2,7 +2,6 @@
 
 import importlib.util
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ SHARED_INPUT = (
 
 
 DEVICES = ("cuda",)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -98,16 +98,11 @@ def why_not(host: nn.Module, x: Tensor | None = None) -> str | None:
         return f"{str(dtype)[6:]} compute"
     if weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
         return "autocast over weights of another dtype"
-    if not has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     if host.training and len({term.dropout for term in adapters.terms}) > 1:
         return "active adapters with different dropout"
     return None
-
-
-@cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:

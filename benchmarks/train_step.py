@@ -1,0 +1,244 @@
+"""One training step (AdamW included) of a Llama-shaped model on one GPU: ours, the frozen floor, and the peers.
+
+    PYTHONPATH=src python benchmarks/train_step.py --csv out.csv            # all variants, one process each
+    PYTHONPATH=src python benchmarks/train_step.py --one lora+liger         # one, here
+    PYTHONPATH=src python benchmarks/train_step.py --one lora --profile     # and its time by kernel
+
+frozen: forward and dX only. +liger: Liger's RMSNorm, RoPE, SwiGLU and fused cross-entropy, by its own function. The
+tax is (step - frozen step) / frozen step between the variants with the same surroundings. The frozen floor runs first
+and last, to show the card's drift. Before `lora` is timed, its gradient must be within twice plain torch's own error
+of float64 and repeat to the bit.
+"""
+
+import argparse
+import copy
+import csv
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+VARIANTS = [
+    ["frozen+liger"],
+    ["lora+liger"],
+    ["lora+liger", "--dropout", "0.05"],
+    ["peft+liger"],
+    ["unsloth"],
+    ["unsloth", "--dropout", "0.05"],
+    ["frozen"],
+    ["lora"],
+    ["peft"],
+    ["frozen+liger", "--checkpointing"],
+    ["lora+liger", "--checkpointing"],
+    ["unsloth", "--checkpointing"],
+    ["frozen+liger"],
+]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 32000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", help="a variant: frozen, lora, peft, each also with +liger, or unsloth")
+    parser.add_argument("--csv")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    return parser.parse_args()
+
+
+def base_model(layers: int) -> Any:
+    """Random weights, made on the GPU in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.config.use_cache = False
+    return model
+
+
+def built(a: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, context for the forward pass)"""
+    import contextlib
+
+    import torch
+
+    checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if a.one == "unsloth":
+        return unsloth_model(a), torch.autocast("cuda", torch.bfloat16)
+    if a.one.endswith("+liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = base_model(a.layers)
+    if a.checkpointing:
+        model.gradient_checkpointing_enable(**checkpointing)
+    if a.one.startswith("frozen"):
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        return model, contextlib.nullcontext()
+    if a.one.startswith("lora"):
+        import lora
+
+        lora.inject(model, r=a.r, targets=TARGETS, dropout=a.dropout)
+        print(lora.summary(model), file=sys.stderr)
+        if a.one == "lora":
+            gate(model)
+        return model, contextlib.nullcontext()
+    from peft import LoraConfig, get_peft_model
+
+    if a.checkpointing:
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=a.r, lora_alpha=2 * a.r, lora_dropout=a.dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config), torch.autocast("cuda", torch.bfloat16)
+
+
+def unsloth_model(a: argparse.Namespace) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    path = Path(tempfile.gettempdir()) / f"llama_{a.layers}"
+    if not (path / "config.json").exists():
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        base_model(a.layers).save_pretrained(path)
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + i): 3 + i for i in range(90)}}
+        tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+        gc.collect()
+        torch.cuda.empty_cache()
+    model, _ = FastLanguageModel.from_pretrained(
+        str(path), max_seq_length=a.tokens, dtype=torch.bfloat16, load_in_4bit=False
+    )
+    return FastLanguageModel.get_peft_model(
+        model, r=a.r, target_modules=TARGETS, lora_alpha=2 * a.r, lora_dropout=a.dropout, bias="none",
+        use_gradient_checkpointing="unsloth" if a.checkpointing else False,
+    )  # fmt: skip
+
+
+def gate(model: Any) -> None:
+    """Errors of the fused gradient and of plain torch's against float64, on fresh random data."""
+    import torch
+
+    from lora.layers import fused
+
+    def gradient(m: Any, ids: Any) -> Any:
+        m.zero_grad(set_to_none=True)
+        m(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([p.grad.double().flatten() for p in m.parameters() if p.grad is not None])
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.01)
+    ids = torch.randint(3, 90, (1, 1024), device="cuda")
+    ours, again = gradient(model, ids), gradient(model, ids)
+    fused.DEVICES = ()
+    plain = gradient(model, ids)
+    fused.DEVICES = ("cuda",)
+    exact = gradient(copy.deepcopy(model).double(), ids)
+    errors = [((g - exact).norm() / exact.norm()).item() for g in (ours, plain)]
+    print(f"gate: error {errors[0]:.2e}, plain torch's {errors[1]:.2e}", file=sys.stderr)
+    assert torch.equal(ours, again), "two backward runs differ"
+    assert errors[0] <= 2 * errors[1], errors
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    model, context = built(a)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
+    ids = torch.randint(3, 90, (a.batch, a.tokens), device="cuda")
+
+    def step() -> None:
+        with context:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for i in range(a.steps + 4):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        if i >= 4:
+            times.append((start, end))
+    torch.cuda.synchronize()
+    ms = sorted(s.elapsed_time(e) for s, e in times)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    if a.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(2):
+                step()
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70))
+    return {
+        "variant": a.one, "dropout": a.dropout, "checkpointing": a.checkpointing, "layers": a.layers, "r": a.r,
+        "rows": a.batch, "tokens": a.tokens, "trainable": sum(p.numel() for p in trainable),
+        "ms": round(statistics.median(ms), 2), "ms_p20": round(ms[len(ms) // 5], 2),
+        "ms_p80": round(ms[-1 - len(ms) // 5], 2), "peak_gib": round(peak, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    a = arguments()
+    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.gettempdir() + "/unsloth_compiled")
+    if a.one:
+        if a.one == "unsloth":
+            import unsloth  # noqa: F401  (it must come before transformers)
+        print("RESULT", json.dumps(measure(a)), flush=True)
+        return
+    rows: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, "--one", *variant]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{' '.join(variant)}: failed\n{done.stderr[-1500:]}", flush=True)
+            continue
+        rows.append(json.loads(found[0].removeprefix("RESULT ")))
+        r = rows[-1]
+        note = next((line for line in done.stderr.splitlines() if line.startswith("gate:")), "")
+        print(
+            f"{r['variant']:13} dropout {r['dropout']:<5} checkpointing {r['checkpointing']!s:5} {r['ms']:8.2f} ms "
+            f"({r['ms_p20']} to {r['ms_p80']})  {r['peak_gib']:6.2f} GiB  {note}",
+            flush=True,
+        )
+        if a.csv:
+            with open(a.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(r))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
