@@ -56,6 +56,17 @@ def test_error_is_within_twice_plain_torchs_and_repeats(tokens: Tensor, monkeypa
     assert distance({"y": logits}, {"y": exact_logits}) <= 2 * distance({"y": plain_logits}, {"y": exact_logits})
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [8192, 500, 1])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)], ids=str)
+def test_a_fresh_adapter_changes_no_bit(shape: tuple[int, int], rows: int, bias: bool) -> None:
+    net = nn.Sequential(nn.Linear(*shape, bias=bias, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(rows, shape[0], device="cuda", dtype=torch.bfloat16)
+    want = net(x)
+    lora.inject(net, r=16, targets=["0"])
+    assert torch.equal(net(x), want)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_checkpointing_gives_the_same_bits(tokens: Tensor, reentrant: bool, dropout: float) -> None:

@@ -28,11 +28,11 @@ def _card(device: torch.device) -> tuple[int, int]:
 
 
 def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
-    """The rule: whether the Triton GEMM with the low-rank term in its accumulator computes this product.
+    """The rule: whether the Triton GEMM with the low-rank term in its accumulator computes dx.
 
     Measured on one H200 (8192 rows, bf16, r = 16 and 64): it is 0 to 3 % over cuBLAS's bare product at each of
-    4096 -> 1024, 4096, 14336 and 14336 -> 4096, forward and dx, where cuBLAS with the term added first (beta = 1) is
-    3 to 12 % over. Elsewhere (no Hopper, fp32, too few tiles for the card, strides that TMA cannot read) cuBLAS has it.
+    4096 -> 1024, 4096, 14336 and 14336 -> 4096, where cuBLAS with the term added first (beta = 1) is 3 to 12 % over.
+    Elsewhere (no Hopper, fp32, too few tiles for the card, strides that TMA cannot read) cuBLAS has it.
     """
     major, processors = _card(x.device)
     return (
@@ -61,14 +61,14 @@ def forward(
     _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
     ys = []
     for i, (w, b, columns) in enumerate(zip(weights, B, segments(B), strict=True)):
-        h_i, bias = h[:, columns], biases[i] if biases else None
-        if fuses(x, w, h_i, b):
-            y = x.new_empty(x.shape[0], w.shape[0])
-            gemm_(y, x, w, h_i, b, transposed=True, bias=bias)
-        else:  # the thin product first, then the large one into it: 8 us faster than the other way at 8192 x 4096
-            y = h_i @ b.t() if bias is None else torch.addmm(bias, h_i, b.t())
-            y.addmm_(x, w.t())
-        ys.append(y)
+        # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
+        # is as fast. The thin product first and the large one into it is 8 us faster than the other way at 8192 x 4096;
+        # with a bias it would round otherwise than the base does, so there the base's product comes first.
+        h_i = h[:, columns]
+        if biases:
+            ys.append(torch.nn.functional.linear(x, w, biases[i]).addmm_(h_i, b.t()))
+        else:
+            ys.append((h_i @ b.t()).addmm_(x, w.t()))
     return [*ys, h]
 
 
