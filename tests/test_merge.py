@@ -19,7 +19,7 @@ from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_
 from lora.layers.base import adapters_of, hosts
 from lora.weights import Dense
 
-TRAINED = [Path(__file__).parents[1] / "examples" / "tiny-llama-8m", Path("/work/shared/models/tiny-llama-8m")]
+TRAINED = Path(__file__).parents[1] / "examples" / "tiny-llama-8m"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -208,9 +208,7 @@ def test_undo_memory(dtype: torch.dtype, ratio: float, kind: str) -> None:
     for host in (model.linear, model.conv):
         undo = adapters_of(host).undo
         held = reachable_bytes(undo)
-        assert undo.nbytes <= held <= (0.15 if kind == "gaussian" else 0.2) * host.weight.nbytes, (
-            held / host.weight.nbytes
-        )
+        assert undo.nbytes <= held <= 0.15 * host.weight.nbytes, held / host.weight.nbytes
         assert held == pytest.approx(undo.nbytes, rel=0.01, abs=16)  # what it says is what it holds
 
 
@@ -218,10 +216,7 @@ def test_undo_memory(dtype: torch.dtype, ratio: float, kind: str) -> None:
 def test_undo_memory_on_a_trained_model(dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = next((f for f in TRAINED if f.is_dir()), None)
-    if folder is None:
-        pytest.skip("examples/tiny-llama-8m is not there")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=dtype)
     lora.inject(model, r=8, targets="all-linear")
     scale_updates(model, 0.1)
     merge(model)

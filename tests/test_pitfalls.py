@@ -1,4 +1,4 @@
-"""One test for each fault of other tools that concerns our verbs, named after the fault (shared/PITFALLS.md)."""
+"""One test for each fault of other tools that concerns our verbs, named after the fault."""
 
 import copy
 import json
