@@ -302,3 +302,35 @@ def test_several_resident_adapters_act_as_chosen(ids: Tensor) -> None:
         lora.activate(model, ["two", "on"])
     with pytest.raises(LoraError, match="a name twice"):
         lora.activate(model, ["two", "two"])
+
+
+def test_adding_and_removing_through_another_root_is_refused() -> None:
+    net = nn.ModuleDict({"encoder": Net(), "decoder": Net()})
+    lora.inject(net["encoder"], targets=["up"])
+    for call in (lambda: lora.remove(net), lambda: lora.inject(net, targets=["up"], name="b")):
+        with pytest.raises(LoraError, match="through the same module"):
+            call()
+    lora.remove(net["encoder"])
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_code_that_reads_the_weight_of_a_module_trained_whole_sees_the_copy() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mid = nn.Embedding(7, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.mid(self.emb(ids)), self.emb.weight)
+
+    model = randomize(lora.inject(Tied(), targets=["mid"], train=["emb"]))
+    want = model(torch.arange(7))
+    lora.merge(model)
+    torch.testing.assert_close(model(torch.arange(7)), want)
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    net = lora.inject(Net(), targets=["up"])
+    replica = net.layers[0]["up"]._replicate_for_data_parallel()
+    with pytest.raises(LoraError, match="DistributedDataParallel"):
+        replica(torch.randn(2, 8))

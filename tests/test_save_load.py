@@ -545,3 +545,14 @@ def test_a_loaded_adapter_is_frozen_unless_asked(tmp_path: Path) -> None:
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if ".lora." in n
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_base_that_differs_by_a_light_fine_tune_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    lora.save(lora.inject(tiny_llama().to(dtype), targets=["q_proj"]), tmp_path)
+    other = tiny_llama().to(dtype)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.004)
+    with pytest.raises(LoraError, match="sampled weights differ"):
+        lora.load(other, tmp_path)

@@ -542,9 +542,15 @@ def test_non_contiguous_weights_and_inputs() -> None:
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "DataParallel"])
 def test_wrapped_models_are_seen_through(wrap: Callable, tmp_path: Path) -> None:
     inner = Net()
-    model = wrap(inner)
-    before = original(inner)
-    assert lora.inject(model, r=2, targets=["0", "head"]) is model
+    if wrap is nn.DataParallel:
+        before = original(inner)
+        with pytest.raises(LoraError, match="add them, then wrap it"):
+            lora.inject(wrap(inner), r=2, targets=["0", "head"])
+        model = wrap(lora.inject(inner, r=2, targets=["0", "head"]))
+    else:
+        model = wrap(inner)
+        before = original(inner)
+        assert lora.inject(model, r=2, targets=["0", "head"]) is model
     randomize(inner)
     lora.save(model, tmp_path)
     lora.merge(model)

@@ -11,7 +11,7 @@ from .layers import WholeAdapters
 from .layers.base import activate as activate_host
 from .layers.base import hosts
 from .merging import merge_acting, unmerge
-from .resident import activate_all, drop, is_merged, resident, unwrap
+from .resident import activate_all, check_root, drop, is_merged, resident, unwrap
 
 
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -78,6 +78,7 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         raise LoraError("model: it has no adapter to remove")
     if name is not None and name not in there:
         raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
+    check_root(root)
     if is_merged(root):
         unmerge(root)
     drop(root, there if name is None else [name])

@@ -80,7 +80,7 @@ def load(
     Raises:
         LoraError: what does not fit, by name; the model is as it was.
     """
-    root = unwrap(model)
+    root = unwrap(model, changing=True)
     folder = Path(path)
     found = _read_config(folder)
     config, extra = from_peft(found, str(folder / CONFIG_FILE))
@@ -88,7 +88,10 @@ def load(
     adapter = new_adapter(root, check_name(name), config, extra)
     targets = select(root, config, loading=True)
     if not targets:
-        raise LoraError(f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of this model")
+        raise LoraError(
+            f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of {type(root).__name__}; it "
+            f"was trained on {extra.get('base_model_name_or_path') or 'another model'}: load it on that"
+        )
     parts = low_rank_parts(targets, config, loading=True) + whole_parts(root, targets, config, loading=True)
     check_reached(root, parts)
     _fill(root, folder, parts, tensors)
@@ -228,7 +231,10 @@ def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, T
         if found
     ]
     if problems:
-        raise LoraError(f"{folder}: its tensors do not fit this model with its {CONFIG_FILE}; " + "; ".join(problems))
+        raise LoraError(
+            f"{folder}: its tensors do not fit this model with its {CONFIG_FILE}; {'; '.join(problems)}. Load it on "
+            "the model that it was trained on, or copy it again if it is not whole"
+        )
     for host, _, part in parts:
         for key, target in keys_of(part, names[host]).items():
             # A copy: what the file's reader gives may be a view of the file.

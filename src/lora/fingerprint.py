@@ -55,9 +55,12 @@ def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
 
 
 def _same(here: Tensor, value: float, dtype: torch.dtype) -> bool:
-    """Equal up to one rounding to the coarser of the two dtypes."""
-    tolerance = 0.0
-    for kind in (here.dtype, dtype):
-        info = torch.finfo(kind)
-        tolerance = max(tolerance, info.eps * abs(value), info.smallest_normal * info.eps)
-    return abs(float(here) - value) <= tolerance
+    """The same bits in the same dtype; in another, equal up to one rounding to each of the two."""
+    found = here.item()
+    if found != found or value != value:
+        return found != found and value != value
+    if here.dtype == dtype:
+        return found == value
+    infos = [torch.finfo(kind) for kind in (here.dtype, dtype)]
+    tolerance = sum(max(info.eps / 2 * abs(value), info.smallest_normal * info.eps) for info in infos)
+    return bool(abs(found - value) <= tolerance)

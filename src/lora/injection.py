@@ -13,7 +13,7 @@ from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
 from .layers.base import acting_class, adapters_of, attach, base_modules, hosts
 from .layers.fused import form_groups
-from .resident import activate_all, resident, unwrap
+from .resident import activate_all, check_root, resident, unwrap
 from .targets import check_called, default_targets, select
 from .weights import weight_of
 
@@ -23,7 +23,7 @@ Part = tuple[nn.Module, type[Adapters], nn.Module]
 
 
 def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "default", **keywords: Any) -> ModelT:
-    """Give the model a new low-rank adapter (arXiv:2106.09685), freeze everything else, make the adapter act alone.
+    """Give the model a new low-rank adapter (arXiv:2106.09685), freeze the base, make the adapter act alone.
 
     Args:
         model: any nn.Module; changed in place. Its modules stay the same objects, its state-dict keys stay.
@@ -41,9 +41,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     if config is not None and keywords:
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise LoraError("model: DistributedDataParallel would not sync parameters that come later; inject, then wrap")
-    root = unwrap(model)
+    root = unwrap(model, changing=True)
     adapter = new_adapter(root, check_name(name), config)
     targets = select(root, config)
     if config.targets is None:
@@ -58,6 +56,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
 def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str, Any] | None = None) -> Adapter:
     """The record of an adapter to be, after the checks that need no module."""
     others = resident(root)
+    check_root(root)
     if torch.is_inference_mode_enabled():
         raise LoraError("model: under torch.inference_mode() nothing can train; leave it (torch.no_grad() is fine)")
     if name in others:
@@ -209,6 +208,8 @@ def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: boo
         acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
     if not resident(root):
         root.requires_grad_(False)
+    names = {module: name for name, module in base_modules(root)}
+    adapter.anchor = names[parts[0][0]]
     for host, kind, part in parts:
         attach(host, kind, adapter, part)
         parameters = dict(part.named_parameters(remove_duplicate=False))

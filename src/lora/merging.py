@@ -234,7 +234,10 @@ def _write_all(
 
 def _refuse_overflow(name: str, values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise LoraError(f"model: merging {name!r} overflows {values.dtype}; nothing was changed. Merge in float32")
+        raise LoraError(
+            f"model: merging {name!r} gives NaN or infinity in {values.dtype}; nothing was changed. The base's weight "
+            "has such values already, or the sum is too large for the dtype: then merge into a float32 copy"
+        )
 
 
 def _update_blocks(adapters: LinearAdapters) -> Iterator[tuple[slice, Tensor]]:

@@ -66,7 +66,8 @@ def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[s
     known["target_modules"], known["layers_to_transform"] = _target_modules(config, targets, modules)
     known["lora_alpha"] = _whole(known["lora_alpha"])
     known["alpha_pattern"] = {key: _whole(value) for key, value in config.alpha_pattern.items()}
-    return dict(sorted({**known, **adapter.extra}.items()))
+    here = {"base_model_name_or_path": base_name} if base_name else {}
+    return dict(sorted({**known, **adapter.extra, **here}.items()))
 
 
 def _whole(number: float) -> float:

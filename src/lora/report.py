@@ -1,7 +1,6 @@
 """Tables for people: what a model carries, and what a merge kept."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,8 @@ import torch
 from torch import nn
 
 from .errors import LoraError
-from .layers import LinearAdapters, LowRank
-from .layers.base import adapters_of, hosts
+from .layers import Adapters, LinearAdapters, LowRank
+from .layers.base import hosts
 from .layers.fused import why_not
 from .resident import acting, is_merged, resident, unwrap
 
@@ -40,6 +39,7 @@ class Row:
     kind: str
     shape: tuple[int, ...]
     r: int | None
+    runs: str
     layers: int
     parameters: int
 
@@ -54,7 +54,6 @@ class Summary:
     bytes: int
     acting: list[str]
     merged: bool
-    paths: dict[str, int]
     groups: int
 
     @property
@@ -69,18 +68,18 @@ class Summary:
                 r.kind,
                 size(r.shape),
                 "" if r.r is None else str(r.r),
+                r.runs,
                 str(r.layers),
                 f"{r.parameters:,}",
             ]
             for r in self.rows
         ]
-        paths = "; ".join(f"{count} linears: {path}" for path, count in self.paths.items())
-        groups = f", {self.groups} groups share an input" if self.groups else ""
+        groups = f"; {self.groups} groups of linears share an input" if self.groups else ""
         state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"
         return (
-            table(["adapter", "target", "module", "out x in", "r", "layers", "parameters"], rows)
+            table(["adapter", "target", "module", "out x in", "r", "runs", "layers", "parameters"], rows)
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
-            + f"{self.bytes / 2**20:,.2f} MiB; {state}\n{paths}{groups}"
+            + f"{self.bytes / 2**20:,.2f} MiB; {state}{groups}"
         )
 
 
@@ -125,8 +124,8 @@ def summary(model: nn.Module) -> Summary:
     root = unwrap(model)
     if not resident(root):
         raise LoraError("model: it has no adapter; call lora.inject(model, ...) or lora.load(model, path) first")
-    grouped: dict[tuple[str, str, str, tuple[int, ...], int | None], list[int]] = {}
-    for name, _, adapters in hosts(root):
+    grouped: dict[tuple[str, str, str, tuple[int, ...], int | None, str], list[int]] = {}
+    for name, host, adapters in hosts(root):
         target = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         for adapter in adapters.records:
             part = adapters[adapter]
@@ -137,7 +136,7 @@ def summary(model: nn.Module) -> Summary:
                 own = dict(part.module.named_parameters())
                 trained = [own[n].numel() for n in part.trained]
                 shape, r = tuple(own[part.trained[0]].shape), None
-            key = (adapter, target, adapters.original.__name__, shape, r)
+            key = (adapter, target, adapters.original.__name__, shape, r, _path(host, adapters, adapter))
             grouped.setdefault(key, []).append(sum(trained))
     trainable = [p for p in root.parameters() if p.requires_grad]
     return Summary(
@@ -147,18 +146,21 @@ def summary(model: nn.Module) -> Summary:
         bytes=sum(p.nbytes for p in trainable),
         acting=acting(root),
         merged=is_merged(root),
-        paths=dict(Counter(_path(host) for _, host, _ in hosts(root, LinearAdapters))),
         groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
 
 
-def _path(host: nn.Module) -> str:
-    """How a linear runs, in words."""
+def _path(host: nn.Module, adapters: Adapters, adapter: str) -> str:
+    """How one adapter's part on a host runs, in words."""
+    if adapters.undo is not None:
+        return "merged"
+    if adapter not in adapters.active:
+        return "idle"
+    if not isinstance(adapters, LinearAdapters):
+        return "own copy"
     reason = why_not(host)
     if reason is not None:
         return f"plain torch ({reason})"
-    adapters = adapters_of(host)
-    assert isinstance(adapters, LinearAdapters)
     if torch.cuda.get_device_capability(adapters.frozen.parameter.device)[0] != 9:
-        return "fused, the large products in cuBLAS (no Hopper GPU)"
+        return "fused, cuBLAS (no Hopper GPU)"
     return "fused"

@@ -9,17 +9,32 @@ from .errors import LoraError
 from .layers.base import Adapter, activate, detach, hosts
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and data-parallel wrappers, whose names are those of the checkpoint."""
+def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
+    """The module inside torch.compile's and data-parallel wrappers, whose names are those of the checkpoint.
+
+    `changing`: parameters are about to be added, which a data-parallel wrapper would not notice.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            if changing:
+                raise LoraError(f"model: {type(model).__name__} would not sync new parameters; add them, then wrap it")
             model = model.module
         elif isinstance(model, torch.jit.ScriptModule):
             raise LoraError("model: a TorchScript module has fixed layers; adapt it before torch.jit.script")
         else:
             return model
+
+
+def check_root(root: nn.Module) -> None:
+    """Refuse to add or remove through another module than the one that was adapted: names would not be the same."""
+    for name, record in resident(root).items():
+        if not any(host == record.anchor and name in adapters for host, _, adapters in hosts(root)):
+            raise LoraError(
+                f"model: adapter {name!r} was given to a module that this one is a part of, or that is a part of this "
+                "one; add and remove adapters through the same module"
+            )
 
 
 def resident(root: nn.Module) -> dict[str, Adapter]:

@@ -135,7 +135,7 @@ def _matching(
         if not found and not loading:
             raise LoraError(
                 f"targets: the regular expression {targets!r} fits no linear module's full name "
-                f"(it is matched against the whole of it{near(targets, linear)})"
+                f"(it is matched against the whole{near(targets, linear)}); a list, [{targets!r}], matches the ends"
             )
         return found
     for target in [] if loading else targets or []:

@@ -25,6 +25,7 @@ class Adapter:
     config: LoraConfig
     trainable_before: frozenset[str]
     extra: dict[str, Any]  # keys of a loaded adapter_config.json that say nothing to us, kept for saving
+    anchor: str = ""  # the full name of its first host, by which the module that it was given to is known again
 
 
 class LoraLayer(nn.Module):

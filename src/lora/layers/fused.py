@@ -28,6 +28,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+State = tuple[tuple[str, ...], bool, bool, tuple[int, ...]]
+"""active adapters, training mode, gradients recorded, versions of the tensors"""
+
+
 class Group:
     """Hosts that are fed one tensor. The first called computes for all, the others collect what is theirs.
 
@@ -38,38 +42,45 @@ class Group:
     def __init__(self, members: list[nn.Module]) -> None:
         self.members = members
         self.x: Tensor | None = None
-        self.key: tuple[int, bool] | None = None
-        self.ready: dict[int, Tensor] = {}
+        self.ready: dict[int, tuple[Tensor, State]] = {}  # by place among the members
 
     def collect(self, host: nn.Module, x: Tensor) -> Tensor:
         """y for this host; the caller has checked that the host is one to fuse."""
         place = self.members.index(host)
-        key = (0 if torch.compiler.is_compiling() else _version(x), torch.is_grad_enabled())
         if place in self.ready:
-            if x is self.x and key == self.key:
-                y = self.ready.pop(place)
+            y, state = self.ready.pop(place)
+            if x is self.x and state == _state(host, x):
                 if not self.ready:
-                    self.x = self.key = None
+                    self.x = None
                 return y
             self.dissolve()
             return compute([host], x)[0]
         together = [m for m in self.members if m is host or _joins(m, host, x)]
         outputs = compute(together, x)
-        self.ready = {self.members.index(m): y for m, y in zip(together, outputs, strict=True)}
-        y = self.ready.pop(place)
-        self.x, self.key = (x, key) if self.ready else (None, None)
+        self.ready = {self.members.index(m): (y, _state(m, x)) for m, y in zip(together, outputs, strict=True)}
+        y, _ = self.ready.pop(place)
+        self.x = x if self.ready else None
         return y
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "x": None, "ready": {}}  # a copy starts with nothing to collect
+
     def dissolve(self) -> None:
-        self.x, self.key, self.ready = None, None, {}
+        self.x, self.ready = None, {}
         for member in self.members:
             adapters: Any = adapters_of(member)
             if adapters is not None:
                 adapters.group = None
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _state(host: nn.Module, x: Tensor) -> State:
+    """What a result depends on beside the input's identity: if any of it changes, the result is not collected."""
+    adapters = _adapters(host)
+    versions: tuple[int, ...] = ()
+    if not torch.compiler.is_compiling():  # within one compiled call nothing changes between two members
+        tensors = [x, adapters.frozen.parameter, *(p for t in adapters.terms for p in t.parameters())]
+        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    return adapters.active, host.training, torch.is_grad_enabled(), versions
 
 
 def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:

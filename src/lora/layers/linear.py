@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import LoraError
 from ..init import init_
 from ..ops import lora_linear, summed_bias
 from ..weights import FrozenWeight, weight_of
@@ -57,6 +58,8 @@ class LoraLinear(LoraLayer):
         # Straight from the dicts: nn.Module's attribute lookup costs a microsecond for each parameter or child,
         # and all of them together would double the time of a small call.
         adapters: Any = self._modules["lora"]
+        if "_is_replica" in self.__dict__:
+            raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
         if x.device.type in fused.DEVICES:
             y = fused.run(self, adapters, x)
             if y is not None:

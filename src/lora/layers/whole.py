@@ -19,6 +19,15 @@ class Whole(nn.Module):
 class WholeLayer(LoraLayer):
     """A module while an adapter's copy of it acts in its place."""
 
+    @property
+    def weight(self) -> Any:
+        """The copy's, for code that reads the weight and does not call the module (a fused loss, tied embeddings)."""
+        return self.lora.terms[-1].module.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.lora.terms[-1].module.bias
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.lora.terms[-1].module(*args, **kwargs)
 

@@ -35,7 +35,7 @@ LIBRARY.define(
 
 
 class Copies(NamedTuple):
-    """What a step computes with, made from the fp32 masters once a step."""
+    """What a forward pass and its backward pass compute with, made from the fp32 masters."""
 
     A: Tensor  # (R, in), the targets' ranks one after the other, each target's adapters one after the other
     B: list[Tensor]  # (out_i, R_i) for each target
@@ -80,7 +80,6 @@ def fused_linear(
     scalings: Sequence[Sequence[float]],
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    copies: Copies | None = None,
 ) -> list[Tensor]:
     """y_i = x W_i^T + b_i + sum over the target's adapters of s dropout(x) A^T B^T, for targets that share x.
 
@@ -89,12 +88,11 @@ def fused_linear(
         A, B, scalings: by target, then by adapter: (r, in), (out_i, r) and a number. Gradients go to these, in their
             own dtype, from fp32 sums.
         dropout: one probability and one mask for all of them; seed: (1,) int64 on x's device, drawn if None.
-        copies: what `make_copies` gave for these A and B, where the caller keeps it over a step.
 
     Returns:
         (..., out_i) for each target.
     """
-    copies = copies or make_copies(A, B, scalings, x.dtype)
+    copies = make_copies(A, B, scalings, x.dtype)
     if not dropout:
         seed = None
     elif seed is None:
