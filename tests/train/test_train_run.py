@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lora
 from lora import LoraError
@@ -140,9 +141,16 @@ def test_eval_loss_is_that_of_the_saved_adapter(recipe: Callable[..., Recipe], b
         assert metrics["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
 
 
-def test_checkpointing_recomputes_the_same_adapter(recipe: Callable[..., Recipe]) -> None:
+def test_checkpointing_recomputes_the_same_adapter(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *a, **k: (passes.append(1), forward(*a, **k))[1])
     plain = tensors(run(recipe()).out)
+    once = len(passes)
     assert same(tensors(run(recipe(gradient_checkpointing=True, out=recipe().out + "2")).out), plain)
+    assert len(passes) - once == 2 * once
 
 
 def test_the_adapters_settings_reach_its_config(recipe: Callable[..., Recipe]) -> None:

@@ -156,12 +156,15 @@ def _steps(recipe: Recipe, rows: int) -> int:
 
 def _adapted(recipe: Recipe) -> Any:
     model = load_base(recipe.model, pick_dtype(recipe.dtype))
-    alpha = recipe.alpha
+    if recipe.gradient_checkpointing:
+        # Not through TrainingArguments, where the option has another name in older transformers 5; so has the method.
+        # The reentrant kind would need an input with a gradient.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return lora.inject(
         model,
         r=recipe.r,
-        # Other tools read lora_alpha as a whole number, so 16.0 goes into the file as 16.
-        alpha=int(alpha) if alpha is not None and alpha.is_integer() else alpha,
+        alpha=recipe.alpha,
         dropout=recipe.dropout,
         targets=recipe.targets,
         bias=recipe.bias,
@@ -216,8 +219,6 @@ def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArgument
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
-        activation_checkpointing=recipe.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind needs an input with a gradient
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch" if evaluate else "no",
         save_strategy="no",
