@@ -169,7 +169,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         nested = sorted(str(p.parent) for p in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
         hint = f"; there is one in {', '.join(nested)}" if nested else ""
-        raise LoraError(f"path: {str(folder)!r} has no {CONFIG_FILE}{hint}; give the directory that lora.save wrote")
+        lacks = f"has no {CONFIG_FILE}{hint}" if folder.exists() else "does not exist"
+        raise LoraError(f"path: {str(folder)!r} {lacks}; give the directory that lora.save wrote")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,26 +14,10 @@ from .layers.base import Adapters, base_modules, hosts, refresh
 from .ops import low_rank_product, summed_bias
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
-from .undo import Digest, Patch, row_blocks
+from .undo import Digest, LinearUndo, Patch, row_blocks
 
 KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
-
-
-@dataclass
-class LinearUndo:
-    """What turns a merged linear back: patches by row block, the checksum of W0's bits, the bias before and after."""
-
-    dtype: torch.dtype
-    digest: int
-    patches: list[Patch]
-    bias: Tensor | None
-    merged_bias: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        biases = [b.nbytes for b in (self.bias, self.merged_bias) if b is not None]
-        return sum(patch.nbytes for patch in self.patches) + sum(biases)
 
 
 def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
