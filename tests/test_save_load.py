@@ -221,7 +221,7 @@ def test_nothing_is_ever_unpickled(tmp_path: Path) -> None:
 
 def test_a_wrong_path_says_what_to_do(tmp_path: Path) -> None:
     model = tiny_llama()
-    refused(model, tmp_path / "nowhere", "adapter_config.json")
+    refused(model, tmp_path / "nowhere", "nowhere. does not exist; give the directory")
     saved(tmp_path / "out" / "adapter")
     refused(model, tmp_path / "out", "there is one in .*adapter")
     refused(model, tmp_path / "out" / "adapter" / CONFIG, "adapter_config.json")
