@@ -35,6 +35,7 @@ VARIANTS = [
     ["peft"],
     ["frozen+liger", "--checkpointing"],
     ["lora+liger", "--checkpointing"],
+    ["peft+liger", "--checkpointing"],
     ["unsloth", "--checkpointing"],
     ["frozen+liger"],
 ]

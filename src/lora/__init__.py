@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .injection import inject as inject
     from .merging import merge as merge
     from .merging import unmerge as unmerge
+    from .preparation import prepare as prepare
     from .report import summary as summary
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _HOME = {
     "inject": "injection",
     "load": "checkpoint",
     "merge": "merging",
+    "prepare": "preparation",
     "remove": "adapters",
     "save": "checkpoint",
     "summary": "report",

@@ -10,7 +10,7 @@ from .errors import LoraError, near
 from .layers import WholeAdapters
 from .layers.base import activate as activate_host
 from .layers.base import hosts
-from .merging import merge_acting, unmerge
+from .merging import merge_acting, merged_into, unmerge
 from .resident import activate_all, check_root, drop, is_merged, resident, unwrap
 
 
@@ -47,7 +47,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     root = unwrap(model)
     before = {host: adapters.active for _, host, adapters in hosts(root)}
-    merged = is_merged(root)
+    merged, into = is_merged(root), merged_into(root)
     if merged:
         unmerge(root)
     activate_all(root, [])
@@ -59,7 +59,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for _, host, _ in hosts(root):
             activate_host(host, before.get(host, ()))
         if merged:
-            merge_acting(root)
+            merge_acting(root, into)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:

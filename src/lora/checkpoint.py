@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from .adapters import disabled
 from .config import check_name
-from .errors import LoraError, near
+from .errors import LoraError, LoraWarning, near
 from .files import replaced_together
-from .fingerprint import difference, fingerprint
+from .fingerprint import difference, fingerprint, other_quantisation
 from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
 from .layers.base import base_modules, hosts
@@ -257,6 +258,13 @@ def _check_origin(
     if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
         raise LoraError(
             f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
+        )
+    if BASE in header and (names := other_quantisation(header[BASE], weights)) is not None:
+        warnings.warn(
+            f"{folder}: this adapter was trained on a base in {names[0]}, and this one is in {names[1]}; it will act, "
+            "but it was fitted to that base's rounding. Load the base as it was trained to have the same results",
+            LoraWarning,
+            stacklevel=3,
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
         raise LoraError(

@@ -13,6 +13,8 @@ from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
 from .layers.base import acting_class, adapters_of, attach, base_modules, hosts
 from .layers.fused import form_groups
+from .layers.quantised import settle
+from .quantised_model import allow_training
 from .resident import activate_all, check_root, resident, unwrap
 from .targets import check_called, default_targets, select
 from .weights import weight_of
@@ -108,6 +110,11 @@ def whole_parts(
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
             whole[name] = tuple(n for n, _ in _base_parameters(modules[name]))
+            if any(not p.is_floating_point() for _, p in _base_parameters(modules[name])):
+                raise LoraError(
+                    f"train: {name!r} is quantised and cannot be trained whole; name it in targets, or load the model "
+                    "with it in BitsAndBytesConfig(llm_int8_skip_modules=[...])"
+                )
             if not whole[name]:
                 raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
     for name in [n for n in whole if _inside(n, [other for other in whole if other != n])]:  # the outer copy has it
@@ -208,6 +215,7 @@ def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: boo
         acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
     if not resident(root):
         root.requires_grad_(False)
+    allow_training(root, True)
     names = {module: name for name, module in base_modules(root)}
     adapter.anchor = names[parts[0][0]]
     for host, kind, part in parts:
@@ -215,6 +223,7 @@ def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: boo
         parameters = dict(part.named_parameters(remove_duplicate=False))
         for name in [f"module.{n}" for n in part.trained] if isinstance(part, Whole) else parameters:
             parameters[name].requires_grad_(trainable)
+    settle(root, carries=True)
     form_groups(hosts(root, LinearAdapters))
     activate_all(root, [adapter.name])
 

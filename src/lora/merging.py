@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,8 @@ from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters, WholeAdapters
 from .layers.base import Adapters, base_modules, hosts, refresh
 from .ops import low_rank_product, summed_bias
+from .quantised_merge import INTO, Replaced, check_into, leave, merge_quantised, put_back
+from .quantised_model import forget_quantisation, model_dtype
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
 from .undo import Digest, LinearUndo, Patch, row_blocks
@@ -19,21 +22,31 @@ from .undo import Digest, LinearUndo, Patch, row_blocks
 KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
 
+SURVIVED_FLOOR = 0.5
+"""A merge that quantises again is refused when less than this share of an update survives."""
 
-def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
+
+def merge(
+    model: nn.Module, *, unload: bool = False, into: str | None = None, force: bool = False
+) -> MergeReport:  # fmt: skip
     """Fold the acting adapters into the weights, in place: W = round(W0 + sum of s B A), summed in fp32, rounded once.
 
-    A merged layer runs its own bare operation. `unmerge` gives W0 back bit for bit.
+    A merged layer runs its own bare operation. `unmerge` gives W0 back bit for bit. A quantised linear becomes a plain
+    one, in the dtype of the model around it, from the dequantised weight plus the update.
 
     Args:
         unload: also drop the adapters, so that a plain model remains; there is no way back then.
+        into: "nf4", "fp4" or "int8": quantise the sum again, as the base is quantised, instead. Most of a fine-tuned
+            update is smaller than the steps of such a code and vanishes.
+        force: accept that less than half of an update survives `into`.
 
     Returns:
         A report with the share of each update that survived the rounding; `print` it for a table.
 
     Raises:
-        LoraError: nothing acts, merged already, NaN or infinity in A, B or the result, a tied or a meta weight.
-            The model is then as it was.
+        LoraError: nothing acts, merged already, NaN or infinity in A, B or the result, a tied or a meta weight; an
+            `into` that the base is not, or under which less than half of an update survives. The model is then as it
+            was.
     Warns:
         LoraWarning: a module kept less than 99 % of its update.
     """
@@ -45,25 +58,46 @@ def merge(model: nn.Module, *, unload: bool = False) -> MergeReport:
         raise LoraError(
             f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
         )
+    if into is not None and into not in INTO:
+        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, INTO))}")
     idle = [name for name in resident(root) if name not in names]
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
-    report = MergeReport(merge_acting(root))
+    report = MergeReport(merge_acting(root, into))
+    gone = [m for m in report.modules if m.quantised and m.survived < SURVIVED_FLOOR]
+    if gone and not force:
+        unmerge(root)
+        worst = min(gone, key=lambda m: m.survived)
+        raise LoraError(
+            f"into: of {len(gone)} of {len(report.modules)} updates less than {SURVIVED_FLOOR:.0%} would survive in "
+            f"{into}, the least {worst.survived:.1%} ({worst.name}); nothing was changed. Use into=None for 16-bit "
+            "layers, serve the adapter beside its base, or pass force=True"
+        )
     if unload:
-        for _, _, adapters in hosts(root):
-            adapters.undo = None
-        drop(root, names)
+        _unload(root, names)
     lossy = [m for m in report.modules if m.kept < KEPT_FLOOR]
     if lossy:
         worst = min(lossy, key=lambda m: m.kept)
+        advice = "into=None gives 16-bit layers" if worst.quantised else "or merge into a float32 copy of the base"
         warnings.warn(
             f"merge: {len(lossy)} of {len(report.modules)} modules kept less than {KEPT_FLOOR:.0%} of their update in "
-            f"{str(worst.dtype)[6:]}; the least is {worst.kept:.1%} ({worst.name}). Print the report for all, or merge "
-            "into a float32 copy of the base",
+            f"{worst.stored}; the least is {worst.kept:.1%} ({worst.name}). Print the report for all, {advice}",
             LoraWarning,
             stacklevel=2,
         )
     return report
+
+
+def _unload(root: nn.Module, names: list[str]) -> None:
+    plain = []
+    for name, host, adapters in hosts(root):
+        if isinstance(adapters, LinearAdapters) and getattr(adapters.undo, "merged_class", None) is not None:
+            leave(host, adapters)
+            plain.append(name)
+        adapters.undo = None
+    drop(root, names)
+    if plain:
+        forget_quantisation(root, plain)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -76,15 +110,25 @@ def unmerge(model: nn.Module) -> None:
     merged = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.undo is not None]
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")
-    _all_or_none(merged, _unmerge_host, _merge_host)
+    _all_or_none(merged, _unmerge_host, partial(_merge_host, how=(merged_into(root), model_dtype(root))))
 
 
-def merge_acting(root: nn.Module) -> list[MergedModule]:
+def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
     """Merge what acts, whole or not at all; nothing at all may act."""
     targets = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.active]
+    linears = [(name, host, adapters) for name, host, adapters in targets if isinstance(adapters, LinearAdapters)]
+    if into is not None and not any(adapters.quantised for _, _, adapters in linears):
+        raise LoraError(f"into: got {into!r}, but no target is quantised; merge, save, and quantise what was saved")
+    for place in linears:
+        check_into(*place, into)
     _check_finite(targets)
     _check_places(root, targets)
-    return _all_or_none(targets, _merge_host, _unmerge_host)
+    return _all_or_none(targets, partial(_merge_host, how=(into, model_dtype(root))), _unmerge_host)
+
+
+def merged_into(root: nn.Module) -> str | None:
+    """What quantised hosts of a merged model were merged into."""
+    return next((a.undo.into for _, _, a in hosts(root) if isinstance(a.undo, Replaced)), None)
 
 
 T = TypeVar("T")
@@ -110,14 +154,17 @@ def _all_or_none(places: Iterable[Place], do: "Step[T]", back: "Step[object]") -
     return results
 
 
-def _merge_host(place: Place, swapped: set[int]) -> MergedModule:
+def _merge_host(place: Place, swapped: set[int], how: tuple[str | None, torch.dtype | None]) -> MergedModule:
     name, host, adapters = place
     if isinstance(adapters, WholeAdapters):
         result = _swap_whole(name, host, adapters, swapped)
         adapters.undo = True
     else:
         assert isinstance(adapters, LinearAdapters)
-        result, adapters.undo = _merge_linear(name, host, adapters)
+        if adapters.quantised:
+            result, adapters.undo = merge_quantised(name, host, adapters, _update_blocks(adapters), *how)
+        else:
+            result, adapters.undo = _merge_linear(name, host, adapters)
     refresh(host)
     return result
 
@@ -128,7 +175,10 @@ def _unmerge_host(place: Place, swapped: set[int]) -> None:
         _swap_whole(name, host, adapters, swapped)
     else:
         assert isinstance(adapters, LinearAdapters)
-        _unmerge_linear(name, host, adapters)
+        if adapters.quantised:
+            put_back(host, adapters.frozen, adapters.undo)
+        else:
+            _unmerge_linear(name, host, adapters)
     adapters.undo = None
     refresh(host)
 
@@ -272,7 +322,9 @@ def _check_places(root: nn.Module, places: Iterable[Place]) -> None:
         written: list[Tensor] = [adapters.frozen.parameter]
         if written[0].is_meta:
             raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
-        if any(step == 0 and length > 1 for step, length in zip(written[0].stride(), written[0].shape, strict=True)):
+        if adapters.quantised:
+            written = []  # it is replaced, and whoever shares it keeps it
+        elif any(step == 0 and length > 1 for step, length in zip(written[0].stride(), written[0].shape, strict=True)):
             raise LoraError(f"model: the weight of {name!r} is an expanded view; give the module a tensor of its own")
         if any(term.bias is not None for term in adapters.terms):
             written.append(host.get_parameter("bias"))

@@ -1,5 +1,6 @@
 """Tables for people: what a model carries, and what a merge kept."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,13 @@ from .errors import LoraError
 from .layers import Adapters, LinearAdapters, LowRank
 from .layers.base import hosts
 from .layers.fused import why_not
+from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
+
+INT8_NOTE = (
+    "int8: training multiplies by the dequantised weights and never quantises activations; in eval mode without "
+    "gradients bitsandbytes' LLM.int8() runs"
+)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,6 +62,8 @@ class Summary:
     acting: list[str]
     merged: bool
     groups: int
+    prepared: str = ""
+    int8: bool = False
 
     @property
     def percent(self) -> float:
@@ -80,6 +89,8 @@ class Summary:
             table(["adapter", "target", "module", "out x in", "r", "runs", "layers", "parameters"], rows)
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
             + f"{self.bytes / 2**20:,.2f} MiB; {state}{groups}"
+            + (f"\nprepared: {self.prepared}" if self.prepared else "")
+            + (f"\n{INT8_NOTE}" if self.int8 else "")
         )
 
 
@@ -89,6 +100,7 @@ class MergedModule:
 
     kept: <W - W0, D> / <D, D>: the share of the update that the merged weight has, along the update's direction.
     noise: |(W - W0) - D| / |D|: the rounding error beside the update.
+    quantised: "nf4", "fp4" or "int8" where the sum was quantised again.
     """
 
     name: str
@@ -96,6 +108,19 @@ class MergedModule:
     dtype: torch.dtype
     kept: float
     noise: float
+    quantised: str | None = None
+
+    @property
+    def survived(self) -> float:
+        """The lesser of `kept` and the cosine between W - W0 and D: quantising again can keep an update in the mean
+        and bury it under noise many times its size."""
+        length = math.sqrt(max(0.0, self.noise**2 + 2 * self.kept - 1))  # |W - W0| / |D|
+        return min(self.kept, self.kept / length if length else 1.0)
+
+    @property
+    def stored(self) -> str:
+        """How the merged weight is stored: a dtype's name, or the quantisation."""
+        return self.quantised or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -111,8 +136,8 @@ class MergeReport:
 
     def __str__(self) -> str:
         worst_first = sorted(self.modules, key=lambda m: m.kept)
-        rows = [[m.name, size(m.shape), f"{m.dtype}"[6:], f"{m.kept:.2%}", f"{m.noise:.2%}"] for m in worst_first]
-        return table(["module", "shape", "dtype", "update kept", "rounding noise"], rows)
+        rows = [[m.name, size(m.shape), m.stored, f"{m.kept:.2%}", f"{m.noise:.2%}"] for m in worst_first]
+        return table(["module", "shape", "stored as", "update kept", "rounding noise"], rows)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -146,6 +171,8 @@ def summary(model: nn.Module) -> Summary:
         bytes=sum(p.nbytes for p in trainable),
         acting=acting(root),
         merged=is_merged(root),
+        prepared=prepared(root),
+        int8=any(a.frozen.quantisation == "int8" for _, _, a in hosts(root, LinearAdapters)),
         groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
 
@@ -159,8 +186,9 @@ def _path(host: nn.Module, adapters: Adapters, adapter: str) -> str:
     if not isinstance(adapters, LinearAdapters):
         return "own copy"
     reason = why_not(host)
+    over = f" over {adapters.frozen.quantisation}" if adapters.quantised else ""
     if reason is not None:
-        return f"plain torch ({reason})"
+        return f"plain torch{over} ({reason})"
     if torch.cuda.get_device_capability(adapters.frozen.parameter.device)[0] != 9:
-        return "fused, cuBLAS (no Hopper GPU)"
-    return "fused"
+        return f"fused{over}, cuBLAS (no Hopper GPU)"
+    return f"fused{over}"

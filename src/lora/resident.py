@@ -7,6 +7,8 @@ from torch import nn
 
 from .errors import LoraError
 from .layers.base import Adapter, activate, detach, hosts
+from .layers.quantised import settle
+from .quantised_model import allow_training
 
 
 def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
@@ -68,6 +70,8 @@ def drop(root: nn.Module, names: Iterable[str]) -> None:
         for name in names:
             if name in adapters:
                 detach(host, name)
+    settle(root, carries=bool(resident(root)))
     if not resident(root):
+        allow_training(root, False)
         for parameter_name, parameter in root.named_parameters():
             parameter.requires_grad_(parameter_name in record.trainable_before)

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
-from .layers.base import adapters_of, base_modules
+from .layers.base import adapters_of, base_modules, original_class
 from .weights import weight_of
 
 ATTENTION_NAMES = (
@@ -26,6 +26,22 @@ ATTENTION_NAMES = (
     ["in_proj"],
     ["qkv"],
 )
+SUPPORTED = "supported are nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit and Linear8bitLt"
+KNOWN_CLASSES = ("Conv1D", "Linear4bit", "Linear8bitLt")
+OTHER_QUANTISERS = {  # by the package that the module or its weight comes from
+    "gptqmodel": "GPTQ",
+    "auto_gptq": "GPTQ",
+    "awq": "AWQ",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "eetq": "EETQ",
+    "auto_round": "AutoRound",
+    "compressed_tensors": "compressed-tensors",
+    "transformers.integrations": "a transformers integration",
+}
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 
@@ -40,7 +56,8 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     modules = dict(base_modules(model, every_name=True))
     linear = {name: module for name, module in modules.items() if name and weight_of(module) is not None}
     if not linear:
-        raise LoraError(f"model: {type(model).__name__} has no nn.Linear and no Conv1D inside it to adapt")
+        found = next((text for m in modules.values() if (text := _other_quantiser(m))), "")
+        raise LoraError(f"model: {type(model).__name__} has no linear inside it to adapt; {SUPPORTED}{found}")
     candidates = _matching(model, config, modules, linear, loading)
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {
@@ -95,12 +112,12 @@ def check_called(model: nn.Module, argument: str, name: str) -> None:
 def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
     """Refuse a linear whose own forward would not be what the library takes it for, or would never be called."""
     check_called(model, "targets", name)
-    kind: Any = type(module) if (own := adapters_of(module)) is None else own.original
-    plain = next((c for c in kind.__mro__ if c is nn.Linear or c.__qualname__ == "Conv1D"), nn.Linear)
+    kind: Any = original_class(module) if (own := adapters_of(module)) is None else own.original
+    plain = next((c for c in kind.__mro__ if c is nn.Linear or c.__qualname__ in KNOWN_CLASSES), nn.Linear)
     if kind.forward is not plain.forward:
         raise LoraError(
-            f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; supported "
-            "are nn.Linear and transformers' Conv1D, and subclasses that keep their forward"
+            f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
+            f"{SUPPORTED}, and subclasses that keep their forward{_other_quantiser(module)}"
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -110,13 +127,30 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if is_lazy(weight):
         raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    if other := _other_quantiser(module):
+        raise LoraError(f"targets: {name!r} cannot be adapted; {SUPPORTED}{other}")
+    frozen = weight_of(module)
+    if frozen is not None and frozen.quantisation is not None:
+        frozen.stored()  # raises where nothing is quantised yet
+    elif not weight.is_floating_point() or weight.element_size() < 2:
         raise LoraError(f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise LoraError(
             f"targets: {name!r} has had its forward replaced on the instance, and an adapter would be passed by; "
             "inject before whatever replaces it"
         )
+
+
+def _other_quantiser(module: nn.Module) -> str:
+    """The words for a module that another quantiser made; "" for any other."""
+    kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
+    for package, name in OTHER_QUANTISERS.items():
+        if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
+            return (
+                f". This one is quantised by {name}, which is not supported: load the model in 16 bits, or with "
+                "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
+            )
+    return ""
 
 
 def _matching(
@@ -148,8 +182,8 @@ def _matching(
             if name not in linear:
                 kind = type(modules[name])
                 raise LoraError(
-                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; supported are nn.Linear and "
-                    f"transformers' Conv1D{_inside(name, linear)}"
+                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {SUPPORTED}"
+                    f"{_other_quantiser(modules[name])}{_inside(name, linear)}"
                 )
     return [name for name in linear if matches(targets or default_targets(linear), name)]
 

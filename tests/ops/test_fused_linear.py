@@ -1,6 +1,8 @@
 """lora::fused_linear: the plain-torch form against float64 and numerical gradients, and the CUDA path on the card."""
 
+import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -101,7 +103,9 @@ def test_opcheck(p: float) -> None:
     copies = make_copies(A, B, scalings, x.dtype)
     seed = torch.tensor([4]) if p else None
     flat = (flatten(A), flatten(B), *copies, p, seed)
-    torch.library.opcheck(torch.ops.lora.fused_linear, (x, weights, biases, *flat))
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, weights, "", biases, *flat))
+    int8 = [t for n in (5, 4) for t in (torch.full((n, 12), 3, dtype=torch.int8), torch.rand(n))]
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, int8, "int8:5x12;int8:4x12", biases, *flat))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -151,6 +155,63 @@ def test_saves_x_and_h_alone() -> None:
     given = {t.data_ptr() for t in (args[0], *args[1])}
     fresh = [t for t in saved if t.data_ptr() not in given and t.shape[0] == 64]
     assert [tuple(t.shape) for t in fresh] == [(64, 8)]
+
+
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """A stand-in of Liger's: saves its two inputs, and overwrites them in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, gate_multiplier: float = 1.0) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.gate_multiplier = gate_multiplier
+        ctx.save_for_backward(a, b)
+        return torch.nn.functional.silu(a.float() * gate_multiplier).to(b.dtype) * b
+
+    @staticmethod
+    def backward(ctx, dc: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        a, b = (t.detach() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            inputs = a.clone().requires_grad_(), b.clone().requires_grad_()
+            product = torch.nn.functional.silu(inputs[0].float() * ctx.gate_multiplier).to(b.dtype) * inputs[1]
+        da, db = torch.autograd.grad(product, inputs, dc)
+        a.data.fill_(float("nan"))  # unseen by autograd, as from a Triton kernel
+        b.data.fill_(float("nan"))
+        return da, db, None
+
+
+def through_a_product(make, keep: bool) -> tuple[bool, list[Tensor]]:  # type: ignore[no-untyped-def]
+    """(whether the product is alive after the forward pass, the gradients); `keep`: it must be saved, by a hook."""
+    _, weights, _, A, B, scalings = problem(12, 24, (10,), ((3,),), bias=False)
+    a, b = (torch.randn(3, 4, 24, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (1, 2))
+    x = make(a * 1.0, b * 1.0)
+    alive = weakref.ref(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if keep else contextlib.nullcontext():
+        (y,) = fused_linear(x, weights, None, A, B, scalings)
+    del x
+    saved = alive() is not None
+    return saved, list(torch.autograd.grad(y.sin().sum(), [a, b, A[0][0], B[0][0]]))
+
+
+@pytest.mark.parametrize("make", [torch.mul, LigerSiLUMulFunction.apply], ids=["mul", "liger"])
+def test_a_product_is_made_again_and_not_saved(make) -> None:  # type: ignore[no-untyped-def]
+    saved, got = through_a_product(make, keep=False)
+    assert not saved
+    saved, want = through_a_product(make, keep=True)
+    assert saved
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a, b: a * b[0, 0],
+        lambda a, b: a * b[:, :1],
+        torch.add,
+        lambda a, b: LigerSiLUMulFunction.apply(a, b, 0.7),
+    ],
+    ids=["vector", "broadcast", "sum", "multiplier"],
+)
+def test_what_autograd_does_not_hold_is_saved(make) -> None:  # type: ignore[no-untyped-def]
+    assert through_a_product(make, keep=False)[0]
 
 
 def test_an_unused_output_has_no_gradient() -> None:

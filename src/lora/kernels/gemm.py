@@ -15,18 +15,15 @@ from .tuning import gemm_config
 
 @triton.jit
 def gemm_kernel(
-    x_desc, w_desc, h_desc, b_desc, y_desc, bias_ptr,
+    x_desc, w_desc, h_desc, b_desc, y_desc,
     n, width, depth, rank,
-    TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr, HALVES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """y = x W + bias + h B, W and B stored with swapped axes if TRANSPOSED (a linear's forward).
+    """y = x W + h B: x (n, depth), W (depth, width), h (n, R), B (R, width), y (n, width).
 
-    x (n, depth), W (depth, width), h (n, R), B (R, width), y (n, width), bias (width,). The low-rank part is a few
-    more steps of the same loop, which then read through two other descriptors: no bubble, and the flattened loop keeps
-    loads in flight from tile to tile (3 us a tile otherwise). 2 n depth width operations: at 8192 x 4096 x 4096 and
-    700 TFLOP/s 392 us; it moves 2 (n depth + depth width + n width) bytes, 168 MB or 40 us.
+    The low-rank part is a few more steps of the same loop, which then read through two other descriptors: no bubble,
+    and the flattened loop keeps loads in flight from tile to tile (3 us a tile otherwise). 2 n depth width operations:
+    at 8192 x 4096 x 4096 and 700 TFLOP/s 392 us; it moves 2 (n depth + depth width + n width) bytes, 168 MB or 40 us.
     """
     tiles_m = tl.cdiv(n, BM)
     tiles_n = tl.cdiv(width, BN)
@@ -43,17 +40,8 @@ def gemm_kernel(
                 left, right, at = x_desc, w_desc, k * BK
             else:
                 left, right, at = h_desc, b_desc, (k - steps) * BK
-            w = tl.trans(right.load([col, at])) if TRANSPOSED else right.load([at, col])
-            acc = tl.dot(left.load([row, at]), w, acc)
-        if BIAS:
-            cols = col + tl.arange(0, BN)
-            acc += tl.load(bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-        if HALVES:
-            low, high = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            y_desc.store([row, col], low.to(y_desc.dtype))
-            y_desc.store([row, col + BN // 2], high.to(y_desc.dtype))
-        else:
-            y_desc.store([row, col], acc.to(y_desc.dtype))
+            acc = tl.dot(left.load([row, at]), right.load([at, col]), acc)
+        y_desc.store([row, col], acc.to(y_desc.dtype))
 
 
 @functools.cache
@@ -69,15 +57,9 @@ def can_describe(*tensors: Tensor) -> bool:
 
 
 def gemm_(
-    y: Tensor, x: Tensor, w: Tensor, h: Tensor, b: Tensor, *, transposed: bool, bias: Tensor | None = None,
-    config: dict[str, int] | None = None,
+    y: Tensor, x: Tensor, w: Tensor, h: Tensor, b: Tensor, config: dict[str, int] | None = None
 ) -> Tensor:  # fmt: skip
-    """Write x W + bias + h B into y.
-
-    Args:
-        y: (n, width); x: (n, depth); h: (n, R); all that `can_describe` accepts.
-        w, b: (width, depth) and (width, R) if transposed, else (depth, width) and (R, width).
-    """
+    """Write x w + h b into y (n, width): x (n, depth), w (depth, width), h (n, R), b (R, width), as `can_describe`."""
     (n, depth), rank, width = x.shape, h.shape[1], y.shape[1]
     if n == 0:
         return y
@@ -87,14 +69,9 @@ def gemm_(
     tiles = triton.cdiv(n, bm) * triton.cdiv(width, bn)
     programs = min(_programs(x.device), tiles)
     gemm_kernel[(programs,)](
-        describe(x, [bm, bk]),
-        describe(w, [bn, bk] if transposed else [bk, bn]),
-        describe(h, [bm, bk]),
-        describe(b, [bn, bk] if transposed else [bk, bn]),
-        describe(y, [bm, bn // 2 if config["HALVES"] else bn]),
-        bias, n, width, depth, rank,
-        TRANSPOSED=transposed, BIAS=bias is not None,
-        BM=bm, BN=bn, BK=bk, GROUP_M=config["GROUP_M"], PROGRAMS=programs, HALVES=bool(config["HALVES"]),
+        describe(x, [bm, bk]), describe(w, [bk, bn]), describe(h, [bm, bk]), describe(b, [bk, bn]),
+        describe(y, [bm, bn]), n, width, depth, rank,
+        BM=bm, BN=bn, BK=bk, GROUP_M=config["GROUP_M"], PROGRAMS=programs,
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     return y

@@ -4,6 +4,7 @@
 
 import functools
 import itertools
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .expand import expand_
 from .gemm import can_describe, gemm_
 from .outer import outer_
+from .product import product
 from .shrink import shrink_
 
 SMALL = 256
@@ -43,6 +45,14 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     )
 
 
+class Matrices(Protocol):
+    """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, target: int) -> Tensor: ...
+    def shape(self, target: int) -> tuple[int, int]: ...
+
+
 def segments(B: list[Tensor]) -> list[slice]:
     """The columns of h that belong to each target."""
     ends = [0]
@@ -52,7 +62,7 @@ def segments(B: list[Tensor]) -> list[slice]:
 
 
 def forward(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
+    x: Tensor, weights: Matrices, biases: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
     inv_keep: float, seed: Tensor | None, threshold: int,
 ) -> list[Tensor]:  # fmt: skip
     """[y_i = x W_i^T + b_i + h_i B_i^T ..., h = scales * inv_keep * dropout(x) A^T]; A (R, K), B_i (N_i, R_i)."""
@@ -60,23 +70,27 @@ def forward(
     h = _thin(x, rank)
     _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
     ys = []
-    for i, (w, b, columns) in enumerate(zip(weights, B, segments(B), strict=True)):
+    for i, (b, columns) in enumerate(zip(B, segments(B), strict=True)):
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
         # is as fast. The thin product first and the large one into it is 8 us faster than the other way at 8192 x 4096;
         # with a bias it would round otherwise than the base does, so there the base's product comes first.
         h_i = h[:, columns]
-        if biases:
-            ys.append(torch.nn.functional.linear(x, w, biases[i]).addmm_(h_i, b.t()))
+        if biases or not b.shape[1]:
+            y = torch.nn.functional.linear(x, weights[i], biases[i] if biases else None)
+            ys.append(y.addmm_(h_i, b.t()) if b.shape[1] else y)
         else:
-            ys.append((h_i @ b.t()).addmm_(x, w.t()))
+            ys.append((h_i @ b.t()).addmm_(x, weights[i].t()))
     return [*ys, h]
 
 
 def backward(
-    dys: list[Tensor], x: Tensor, h: Tensor, weights: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
-    inv_keep: float, seed: Tensor | None, threshold: int, needs_dx: bool,
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: Matrices, A: Tensor,
+    B: list[Tensor], scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets."""
+    """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets.
+
+    Where there is a factor, the input was its product with x, or with silu(x).
+    """
     columns = segments(B)
     g = _thin(x, A.shape[0])  # scales * inv_keep * dy B, (n, R)
     for dy, b, part in zip(dys, B, columns, strict=True):
@@ -92,6 +106,8 @@ def backward(
     side.wait_event(ready)
     # Under the large products: their last wave of tiles leaves a quarter of the card idle.
     with torch.cuda.stream(side):
+        if factor is not None and dA.numel():
+            x = product(x, factor, silu)
         _outer_(dA, g, x, seed, threshold)
         for dy, dB, part in zip(dys, dBs, columns, strict=True):
             _outer_(dB, dy, h[:, part])
@@ -100,32 +116,39 @@ def backward(
 
 
 def _dx_(
-    dx: Tensor, dys: list[Tensor], weights: list[Tensor], g: Tensor, A: Tensor, seed: Tensor | None, threshold: int
+    dx: Tensor, dys: list[Tensor], weights: Matrices, g: Tensor, A: Tensor, seed: Tensor | None, threshold: int
 ) -> None:
     """dx = mask * (g A) + sum of dy_i W_i: the low-rank part and the first product in one, the others on top of it.
 
     Under dropout the masked part is written first and cuBLAS adds to it: measured as fast as a mask inside the GEMM at
     4096 x 4096, and 4 % faster at 14336 x 4096.
     """
-    first = max(range(len(dys)), key=lambda i: weights[i].shape[0])
-    if seed is not None:
+    first = max(range(len(dys)), key=lambda i: weights.shape(i)[0])
+    if not A.shape[0]:
+        torch.mm(dys[first], weights[first], out=dx)
+        done = first
+    elif seed is not None:
         expand_(dx, g, A, seed, threshold)
         done = -1
-    elif fuses(dys[first], weights[first], g, A, dx):
-        gemm_(dx, dys[first], weights[first], g, A, transposed=False)
-        done = first
     else:
-        torch.mm(g, A, out=dx)
-        done = -1
-    for i, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+        w = weights[first]
+        if fuses(dys[first], w, g, A, dx):
+            gemm_(dx, dys[first], w, g, A)
+        else:
+            torch.mm(g, A, out=dx).addmm_(dys[first], w)
+        done = first
+        del w
+    for i, dy in enumerate(dys):
         if i != done:
-            dx.addmm_(dy, w)
+            dx.addmm_(dy, weights[i])
 
 
 def _shrink_(
     out: Tensor, x: Tensor, w: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
 ) -> None:
     """out = scales * inv_keep * dropout(x) w^T; cuBLAS for few rows and for many ranks."""
+    if not w.shape[0]:
+        return
     if seed is None and (x.shape[0] < SMALL or w.shape[0] > THIN[0]):
         torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
     else:
@@ -134,6 +157,8 @@ def _shrink_(
 
 def _outer_(out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0) -> None:
     """out = p^T dropout(x) in fp32, one of the two thin; the mask is for x."""
+    if not out.numel():
+        return
     if seed is None and p.shape[0] and (p.shape[0] < SMALL or min(out.shape) > THIN[1]):
         torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
     elif p.shape[1] <= x.shape[1] or seed is not None:

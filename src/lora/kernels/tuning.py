@@ -49,4 +49,4 @@ def outer_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
 
 def gemm_config() -> dict[str, int]:
     """The tile of the large product, on Hopper alone."""
-    return {"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "HALVES": 0, "warps": 8, "stages": 3}
+    return {"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "warps": 8, "stages": 3}

@@ -67,11 +67,12 @@ class Adapters(nn.Module):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
-        self.original = type(host)
+        self.original = original_class(host)
         self.records: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
         self.undo: Any = None  # what the unmerge needs; None when not merged
+        self.resting: type[nn.Module] = self.original  # the host's class while no adapter acts
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -141,6 +142,7 @@ def detach(host: nn.Module, name: str) -> None:
     adapters._modules.pop(name, None)
     adapters.records.pop(name, None)
     if not adapters.records:
+        take_class(host, adapters.original)
         del host.lora
 
 
@@ -157,7 +159,18 @@ def refresh(host: nn.Module) -> None:
     """Set the host's class after a change of `active` or `undo`."""
     adapters = adapters_of(host)
     assert adapters is not None
-    acting = bool(adapters.active) and adapters.undo is None
-    host.__class__ = acting_class(adapters.layer, adapters.original) if acting else adapters.original
+    if adapters.undo is not None:
+        take_class(host, getattr(adapters.undo, "merged_class", None) or adapters.original)
+    else:
+        take_class(host, acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting)
+
+
+def original_class(host: nn.Module) -> type[nn.Module]:
+    """The class that a host has in a model without adapters."""
+    return host.original if isinstance(host, LoraLayer) else type(host)
+
+
+def take_class(host: nn.Module, kind: type[nn.Module]) -> None:
+    host.__class__ = kind
     if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance
         host._old_forward = types.MethodType(type(host).forward, host)  # type: ignore[assignment]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import summed_bias
+from ..ops import add_updates_, as_dtype, summed_bias
 from ..ops.fused_linear import fused_linear
 from .base import adapters_of
+from .quantised import by_bitsandbytes, frozen_product
 
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -101,13 +102,17 @@ def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
 def why_not(host: nn.Module, x: Tensor | None = None) -> str | None:
     """Why this host does not run fused, in words, or None. Without x, it is taken to be as the weight is."""
     adapters = _adapters(host)
-    weight = adapters.frozen.parameter
-    kind, dtype = (weight.device.type, weight.dtype) if x is None else (x.device.type, x.dtype)
+    weight = adapters.frozen
+    if x is None:
+        x = torch.empty(0, dtype=weight.dtype, device=weight.parameter.device)
+    kind, dtype = x.device.type, weight.compute_dtype(x)
     if kind not in DEVICES:
         return f"on {kind}"
     if dtype not in DTYPES:
         return f"{str(dtype)[6:]} compute"
-    if weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    if adapters.quantised:
+        pass  # dequantised to the compute dtype, whichever that is
+    elif weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
         return "autocast over weights of another dtype"
     if not HAS_TRITON:
         return "triton is not installed"
@@ -117,26 +122,46 @@ def why_not(host: nn.Module, x: Tensor | None = None) -> str | None:
 
 
 def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:
-    """The fused result, or None where the host does not run fused."""
+    """The fused result, or None where the host does not run fused; over a quantised weight always a result."""
+    if adapters.quantised and by_bitsandbytes(host, adapters.frozen, x):
+        return separate(host, adapters, x)
     if why_not(host, x) is not None:
-        return None
+        if not adapters.quantised:
+            return None
+        one_dropout = not host.training or len({term.dropout for term in adapters.terms}) == 1
+        return compute([host], x)[0] if one_dropout else separate(host, adapters, x)
     group: Group | None = adapters.group
     return compute([host], x)[0] if group is None else group.collect(host, x)
 
 
+def separate(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
+    """y of a quantised host in two steps: the frozen product, and the updates on top of it."""
+    y = frozen_product(host, adapters.frozen, x)
+    for term in adapters.terms:
+        if term.bias is not None:
+            y = y + (term.bias - host._parameters["bias"]).to(y.dtype)
+    updates = [(t.A, t.B, t.scaling, t.dropout if host.training else 0.0) for t in adapters.terms]
+    return add_updates_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), updates).view(y.shape)
+
+
 def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     """y of each host for one input, as one operator: one shrink, one dA, one sum for dx."""
-    all_terms = [_adapters(host).terms for host in hosts]
+    all_adapters = [_adapters(host) for host in hosts]
+    all_terms = [adapters.terms for adapters in all_adapters]
     biases = [summed_bias(h._parameters["bias"], t) for h, t in zip(hosts, all_terms, strict=True)]
-    return fused_linear(
-        x,
-        [_adapters(host).frozen.dense() for host in hosts],
-        None if biases[0] is None else [b for b in biases if b is not None],
+    stored = [adapters.frozen.stored() for adapters in all_adapters]
+    dtype = all_adapters[0].frozen.compute_dtype(x)
+    ys = fused_linear(
+        as_dtype(x, dtype),
+        [tensor for tensors, _ in stored for tensor in tensors],
+        None if biases[0] is None else [as_dtype(b, dtype) for b in biases if b is not None],
         [[t.A for t in terms] for terms in all_terms],
         [[t.B for t in terms] for terms in all_terms],
         [[t.scaling for t in terms] for terms in all_terms],
         dropout=all_terms[0][0].dropout if hosts[0].training else 0.0,
+        formats=";".join(text for _, text in stored) if all_adapters[0].quantised else "",
     )
+    return ys if dtype == x.dtype else [y.to(x.dtype) for y in ys]
 
 
 def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
@@ -146,6 +171,8 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
     if its is None or not its.terms or its.undo is not None or member.training != host.training:
         return False
     if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
+        return False
+    if its.quantised != mine.quantised or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):
         return False
     same_dropout = {t.dropout for t in its.terms} == {t.dropout for t in mine.terms} or not host.training
     return same_dropout and (member._parameters["bias"] is None) == (host._parameters["bias"] is None)

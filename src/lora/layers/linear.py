@@ -10,7 +10,8 @@ from ..init import init_
 from ..ops import lora_linear, summed_bias
 from ..weights import FrozenWeight, weight_of
 from . import fused
-from .base import Adapters, LoraLayer
+from .base import Adapters, LoraLayer, acting_class
+from .quantised import FrozenLinear
 
 
 class LowRank(nn.Module):
@@ -60,7 +61,7 @@ class LoraLinear(LoraLayer):
         adapters: Any = self._modules["lora"]
         if "_is_replica" in self.__dict__:
             raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
-        if x.device.type in fused.DEVICES:
+        if x.device.type in fused.DEVICES or adapters.quantised:
             y = fused.run(self, adapters, x)
             if y is not None:
                 return y
@@ -86,4 +87,7 @@ class LinearAdapters(Adapters):
         weight = weight_of(host)
         assert weight is not None, type(host)
         self.frozen = weight
+        self.quantised = weight.quantisation is not None
+        if self.quantised:
+            self.resting = acting_class(FrozenLinear, self.original)
         self.group: Any = None  # the hosts that are fed the same tensor, where there are any

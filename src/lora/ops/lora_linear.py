@@ -24,12 +24,17 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterabl
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     # In place on a 2-D result: no second output, and no copy of a view's gradient in the backward pass.
-    y = F.linear(rows, weight, bias)
-    for A, B, scaling, dropout in updates:
-        dropped = F.dropout(rows, dropout) if dropout else rows
-        hidden = F.linear(dropped, as_dtype(A, rows.dtype))  # (n, r)
-        y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
+    y = add_updates_(F.linear(rows, weight, bias), rows, updates)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
+
+
+def add_updates_(y: Tensor, x: Tensor, updates: Iterable[Update]) -> Tensor:
+    """y + sum over updates of s dropout(x) A^T B^T, in place: y (n, out), x (n, in)."""
+    for A, B, scaling, dropout in updates:
+        dropped = F.dropout(x, dropout) if dropout else x
+        hidden = F.linear(dropped, as_dtype(A, x.dtype))  # (n, r)
+        y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
+    return y
 
 
 class Biased(Protocol):

@@ -1,0 +1,183 @@
+"""Dequantising a frozen weight on one GPU: each lookup of our kernels beside bitsandbytes and the floor.
+
+    PYTHONPATH=src python benchmarks/dequantise.py [--csv out.csv] [--sweep]
+
+A case is timed only after its gate: every variant's result, written over NaN, equals bitsandbytes' in bf16 and fp16.
+Then each variant is a captured CUDA graph over as many copies of the weight and of the result as the L2 cache cannot
+hold, the variants' replays alternate, and the median counts. The floor is the bytes at 4.25 TB/s, a card's copy rate.
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.ops.dequantise import Format
+
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336)]
+KINDS = {"nf4 nested": ("nf4", True), "nf4": ("nf4", False), "fp4": ("fp4", False), "int8": ("int8", False)}
+RATE = 4.25e12
+BEYOND_L2 = 200e6  # bytes of weights and results in turn; an H200 caches 50 MB
+LOOKUPS = ("shared", "shuffle")
+Runs = dict[str, Callable[[int], object]]
+
+
+class Case:
+    """A weight that bitsandbytes quantised, copies of its parts and a result for each."""
+
+    def __init__(self, kind: str, shape: tuple[int, int]) -> None:
+        import bitsandbytes.functional as bnb
+
+        self.bnb = bnb
+        name, nested = KINDS[kind]
+        w = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        if name == "int8":
+            self.format = Format(name, shape)
+            codes, scales, _ = bnb.int8_vectorwise_quant(w.half())
+            parts = [codes, scales]
+        else:
+            self.format = Format(name, shape, 64, 256 if nested else 0)
+            packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=name, compress_statistics=nested)
+            parts = [packed.view(-1), state.absmax, state.code]
+            if nested:
+                parts += [state.state2.absmax, state.state2.code, state.offset]
+            self.state = state
+        self.bytes: int = sum(t.nbytes for t in parts) + 2 * w.numel()
+        copies = max(2, int(-(-BEYOND_L2 // self.bytes)))
+        self.parts = [[t.clone() for t in parts] for _ in range(copies)]
+        self.outs = [torch.empty_like(w) for _ in range(copies)]
+
+    @property
+    def floor(self) -> float:
+        return self.bytes / RATE * 1e6
+
+    def ours(self, i: int, config: dict[str, Any] | None, out: Tensor | None = None) -> Tensor:
+        from lora.kernels.dequantise import dequantise_4bit_, dequantise_int8_
+
+        out = self.outs[i] if out is None else out
+        if self.format.kind == "int8":
+            codes, scales = self.parts[i]
+            return dequantise_int8_(out, codes, scales, config)
+        return dequantise_4bit_(out, self.parts[i], self.format.block, self.format.nested, config)
+
+    def theirs(self, i: int, out: Tensor | None = None) -> Tensor:
+        out = self.outs[i] if out is None else out
+        if self.format.kind == "int8":  # the line of MatMul8bitLt.backward
+            codes, scales = self.parts[i]
+            return codes.to(out.dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+        packed, self.state.absmax = self.parts[i][:2]
+        self.state.dtype = out.dtype
+        self.bnb.dequantize_4bit(packed.view(-1, 1), self.state, out=out)
+        return out
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """The variants with the sizes that are set in the kernels' module."""
+        from lora.kernels.dequantise import FOUR_BIT, INT8
+
+        if self.format.kind == "int8":
+            return {"ours": INT8}
+        return {lookup: FOUR_BIT | {"LOOKUP": lookup} for lookup in LOOKUPS}
+
+    def sizes(self) -> dict[str, dict[str, Any]]:
+        """Every variant with other sizes: eight weights a thread at a time, once to eight times."""
+        found: dict[str, dict[str, Any]] = {}
+        for (name, config), warps, times in itertools.product(self.configs().items(), (2, 4, 8), (1, 2, 4, 8)):
+            groups = warps * 32 * times
+            size = {"COLUMNS": groups * 8} if self.format.kind == "int8" else {"WORDS": groups}
+            found[f"{name} {size} warps {warps}"] = config | size | {"warps": warps}
+        return found
+
+
+def gate(case: Case, configs: dict[str, dict[str, Any]], dtypes: tuple[torch.dtype, ...]) -> None:
+    for dtype in dtypes:
+        truth = case.theirs(0, torch.empty(case.format.shape, device="cuda", dtype=dtype))
+        for name, config in configs.items():
+            out = torch.full_like(truth, float("nan"))
+            if not torch.equal(case.ours(0, config, out), truth):
+                wrong = int((out != truth).sum())
+                raise SystemExit(f"gate: {case.format} {name} in {dtype}: {wrong} weights differ from bitsandbytes'")
+
+
+def race(runs: Runs, copies: int, rounds: int = 11, heat: float = 0.1) -> dict[str, float]:
+    """Median microseconds of one call of each, their replays in turn, the card warm."""
+    calls = copies * max(1, 16 // copies)
+    graphs = {}
+    for name, run in runs.items():
+        run(0)  # compiles outside of the capture
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for i in range(calls):
+                run(i % copies)
+    end = time.time() + heat
+    while time.time() < end:
+        for graph in graphs.values():
+            graph.replay()
+        torch.cuda.synchronize()
+    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            stop.record()
+            times[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {n: statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 / calls for n, pairs in times.items()}
+
+
+def runs_of(case: Case, configs: dict[str, dict[str, Any]]) -> Runs:
+    return {name: functools.partial(case.ours, config=config) for name, config in configs.items()}
+
+
+def sweep(case: Case) -> None:
+    """Print the three fastest sizes of each variant."""
+    configs = case.sizes()
+    gate(case, configs, (torch.bfloat16,))  # each dtype is another kernel to compile
+    times = race(runs_of(case, configs), len(case.parts), rounds=7)
+    print(f"sweep of {case.format}, floor {case.floor:.1f} us")
+    for variant in case.configs():
+        names = sorted((n for n in times if n.split()[0] == variant), key=lambda n: times[n])
+        for name in names[:3]:
+            print(f"  {times[name]:6.1f} us  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv")
+    parser.add_argument("--sweep", action="store_true", help="sizes of each variant, for two cases")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/dequantise.py needs an NVIDIA GPU")
+    torch.manual_seed(0)
+    rows = []
+    for shape, kind in itertools.product(SHAPES, KINDS):
+        case = Case(kind, shape)
+        gate(case, case.configs(), (torch.bfloat16, torch.float16))
+        times = race(runs_of(case, case.configs()) | {"bitsandbytes": case.theirs}, len(case.parts))
+        row = {"shape": "{}x{}".format(*shape), "kind": kind, "MB": round(case.bytes / 1e6, 1)}
+        row |= {"floor_us": round(case.floor, 1)} | {f"{name}_us": round(t, 1) for name, t in times.items()}
+        row["best_over_floor"] = round(min(times[name] for name in case.configs()) / case.floor, 2)
+        rows.append(row)
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        if arguments.sweep and shape == SHAPES[-1] and kind in ("nf4 nested", "int8"):
+            sweep(case)
+        del case
+        torch.cuda.empty_cache()
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

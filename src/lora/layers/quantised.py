@@ -1,0 +1,63 @@
+"""Quantised linears of a model that carries adapters: what they compute with gradients is ours, whether adapted or not.
+
+With gradients, bitsandbytes would quantise the activations of an int8 linear and keep copies of them, and dequantise a
+4-bit one in three launches. Here the product is with the dequantised weight, forward and backward. In eval mode
+without gradients a call goes to bitsandbytes' own forward where that is what people deploy: LLM.int8() with its
+outliers, and the fused 4-bit products for few rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.fused_linear import fused_linear
+from ..weights import FrozenWeight, weight_of
+from .base import LoraLayer, acting_class, adapters_of, base_modules, original_class, take_class
+
+FEW = 64
+"""Rows up to which bitsandbytes' fused 4-bit products, which never write the dense weight, are the faster ones."""
+
+
+class FrozenLinear(LoraLayer):
+    """A quantised linear on which no adapter acts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = weight_of(self)
+        assert weight is not None
+        return frozen_product(self, weight, x)
+
+
+def by_bitsandbytes(host: nn.Module, weight: FrozenWeight, x: Tensor) -> bool:
+    """Whether the base's product is left to bitsandbytes' own forward."""
+    if torch.is_grad_enabled() or host.training:
+        return False  # in training mode even without gradients: reentrant checkpointing runs so at first
+    # On a CPU its 4-bit forward repacks the weight in place and rounds the scales.
+    return weight.quantisation == "int8" or (x.is_cuda and x.numel() <= FEW * x.shape[-1])
+
+
+def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
+    """W0 x + bias, (..., out) in x's dtype."""
+    if by_bitsandbytes(host, weight, x):
+        y: Tensor = original_class(host).forward(host, x)
+        return y
+    dtype = weight.compute_dtype(x)
+    bias = host._parameters["bias"]
+    tensors, text = weight.stored()
+    (y,) = fused_linear(
+        x.to(dtype), tensors, None if bias is None else [bias.to(dtype)], [[]], [[]], [[]], formats=text
+    )
+    return y.to(x.dtype)
+
+
+def settle(root: nn.Module, carries: bool) -> None:
+    """Give the quantised linears that have no adapter the class that fits a model that carries adapters, or not."""
+    for _, module in base_modules(root):
+        if adapters_of(module) is None and is_quantised(module):
+            original: Any = original_class(module)
+            take_class(module, acting_class(FrozenLinear, original) if carries else original)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    weight = weight_of(module)
+    return weight is not None and weight.quantisation is not None

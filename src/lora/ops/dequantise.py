@@ -1,0 +1,197 @@
+# mypy: disable-error-code="no-untyped-call"
+# torch.library's registration functions carry no types.
+"""The dense form of a frozen weight that bitsandbytes quantised: bit for bit what bitsandbytes itself makes of it.
+
+    4 bit:  W = round(code[nibble] * absmax[i // block])            i counts the weights row by row
+            absmax[b] = code2[q[b]] * absmax2[b // nested] + offset     where the absmax is quantised as well
+    8 bit:  W = round(CB * (SCB * (1 / 127)))                       SCB of the row
+
+Each product and sum is rounded to fp32 by itself, and the result once more to the dtype asked for. Two weights share a
+byte, the first in the high nibble (Dettmers et al., "QLoRA", 2023, and "LLM.int8()", 2022). The functions here are the
+plain-torch form, which is the CPU path and the oracle; `kernels/dequantise.py` is the CUDA path.
+
+Two things of bitsandbytes' 4-bit CUDA kernels stay theirs: FP4's second zero is negative, though `code` has none such,
+and what is below the smallest normal fp32 number becomes zero.
+"""
+
+import functools
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+
+LIBRARY = torch.library.Library("lora", "FRAGMENT")
+LIBRARY.define(
+    "dequantise(Tensor[] parts, str format, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+FORMAT = re.compile(r"(dense|int8|nf4|fp4):(\d+)x(\d+)(?::([1-9]\d*))?(?::([1-9]\d*))?")
+INVERSE = 1 / 127
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight is stored, and in how many tensors.
+
+    | kind     | tensors                                                                                          |
+    |----------|--------------------------------------------------------------------------------------------------|
+    | dense    | W (out, in)                                                                                      |
+    | int8     | CB (out, in) int8, SCB (out,) fp32                                                               |
+    | nf4, fp4 | packed: ceil(out in / 2) bytes of any dtype and shape, absmax (blocks,) fp32, code (16,) fp32    |
+    | nested   | packed, absmax (blocks,) uint8, code, absmax2 (ceil(blocks / nested),), code2 (256,), offset ()  |
+
+    Args:
+        shape: (out, in); block: weights that share an absmax; nested: absmax values that share an absmax2, or 0.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    block: int = 0
+    nested: int = 0
+
+    def __str__(self) -> str:
+        numbers = [n for n in (self.block, self.nested) if n]
+        return ":".join([self.kind, f"{self.shape[0]}x{self.shape[1]}", *map(str, numbers)])
+
+    @staticmethod
+    @functools.cache
+    def parse(text: str) -> "Format":
+        """The format that `str` wrote as text, such as nf4:4096x14336:64:256, int8:4096x14336 or dense:8x8."""
+        match = FORMAT.fullmatch(text)
+        if match is None or (match[1] in ("nf4", "fp4")) != (match[4] is not None):
+            raise LoraError(
+                f"format = {text!r}; allowed: dense:OUTxIN, int8:OUTxIN, nf4:OUTxIN:BLOCK and nf4:OUTxIN:BLOCK:NESTED,"
+                " and fp4 alike; write it with str(Format(...))"
+            )
+        kind, *numbers = match.groups()
+        rows, columns, block, nested = (int(n or 0) for n in numbers)
+        return Format(kind, (rows, columns), block, nested)
+
+    @functools.cached_property
+    def layout(self) -> list[tuple[int, torch.dtype | None]]:
+        """Elements and dtype of each tensor that stores such a weight; None: bytes, in any dtype."""
+        rows, columns = self.shape
+        if self.kind == "dense":
+            return [(rows * columns, None)]
+        if self.kind == "int8":
+            return [(rows * columns, torch.int8), (rows, torch.float32)]
+        blocks = -(-rows * columns // self.block)
+        plain: list[tuple[int, torch.dtype | None]] = [
+            (-(-rows * columns // 2), None),
+            (blocks, torch.uint8 if self.nested else torch.float32),
+            (16, torch.float32),
+        ]
+        outer = (-(-blocks // self.nested), 256, 1) if self.nested else ()
+        return plain + [(n, torch.float32) for n in outer]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors store such a weight."""
+        return len(self.layout)
+
+
+def dequantise(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) in dtype. A dense weight that has it already is returned itself, not a copy.
+
+    Args:
+        parts: the tensors of `Format`, in its order, on one device; format: `str(Format(...))`.
+    """
+    if format.startswith("dense"):
+        return parts[0].to(dtype)
+    weight: Tensor = torch.ops.lora.dequantise(list(parts), format, dtype)
+    return weight
+
+
+def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
+    """`dequantise(parts, format, dtype)[row, column]`, a tensor without dimensions, at the price of a few reads."""
+    form = Format.parse(format)
+    if form.kind == "dense":
+        return parts[0][row, column].to(dtype)
+    if form.kind == "int8":
+        return (parts[0][row, column].float() * (parts[1][row] * INVERSE)).to(dtype)
+    index = row * form.shape[1] + column
+    byte = _bytes(parts[0])[index // 2].long()
+    block = index // form.block
+    absmax = parts[1][block]
+    if form.nested:
+        absmax = parts[4][absmax.long()] * parts[3][block // form.nested] + parts[5].reshape(())
+    return (parts[2][byte & 15 if index % 2 else byte >> 4] * absmax).to(dtype)
+
+
+def _bytes(packed: Tensor) -> Tensor:
+    """The packed nibbles (bytes,) uint8, whatever dtype holds them."""
+    return packed.reshape(-1).view(torch.uint8)
+
+
+def _checked(parts: Sequence[Tensor], format: str) -> Format:
+    """The format, once the parts are known to be of it."""
+    form = Format.parse(format)
+    held = [(t.numel() if dtype else t.numel() * t.itemsize, t.dtype if dtype else None)
+            for t, (_, dtype) in zip(parts, form.layout, strict=False)]  # fmt: skip
+    torch._check(
+        len(parts) == form.tensors and held == form.layout,
+        lambda: (
+            f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
+            f"(None: bytes): {form.layout}; take them from the weight and its quantisation state"
+        ),
+    )
+    return form
+
+
+# The operator on the CPU, and wherever triton is not.
+
+
+def _blockwise_(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    """Multiply values (n,) in place, each block of them by its scale; the last block may be short."""
+    blocks = values.numel() // block
+    values[: blocks * block].view(-1, block).mul_(scales[:blocks, None])
+    values[blocks * block :].mul_(scales[blocks : blocks + 1])
+    return values
+
+
+def _reference(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    form = _checked(parts, format)
+    if form.kind == "int8":
+        return (parts[0] * (parts[1] * INVERSE)[:, None]).to(dtype)
+    packed, absmax, code, *outer = parts
+    if form.nested:
+        absmax2, code2, offset = outer
+        absmax = _blockwise_(code2.index_select(0, absmax.int()), absmax2, form.nested) + offset
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # (256, 2), by the byte
+    values = pairs.index_select(0, _bytes(packed).int()).view(-1)[: form.shape[0] * form.shape[1]]
+    return _blockwise_(values, absmax, form.block).view(form.shape).to(dtype)
+
+
+# On CUDA.
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _cuda(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    form = _checked(parts, format)
+    if not _has_triton() or form.block % 8 or form.block & (form.block - 1):  # no power of two, as each of theirs is
+        return _reference(parts, format, dtype)
+    from ..kernels.dequantise import dequantise_4bit_, dequantise_int8_
+
+    out = parts[0].new_empty(form.shape, dtype=dtype)
+    with torch.cuda.device_of(out):
+        if form.kind == "int8":
+            return dequantise_int8_(out, parts[0].contiguous(), parts[1].contiguous())
+        packed = _bytes(parts[0])
+        return dequantise_4bit_(out, [packed, *(t.contiguous() for t in parts[1:])], form.block, form.nested)
+
+
+def _fake(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    return parts[0].new_empty(_checked(parts, format).shape, dtype=dtype)
+
+
+LIBRARY.impl("dequantise", _reference, "CPU")
+LIBRARY.impl("dequantise", _cuda, "CUDA")
+torch.library.register_fake("lora::dequantise", _fake, lib=LIBRARY)

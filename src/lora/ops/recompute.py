@@ -1,0 +1,63 @@
+"""An input that need not be saved: autograd holds the factors that it is the product of, and they outlive our backward.
+
+The down projection's input is silu(gate) * up, the widest tensor of a layer. The node that made it keeps what it needs
+for its own backward pass, which runs after ours, since our dx feeds it. So x is made again from that, and each layer
+holds 2 n intermediate bytes less.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+class Factors(NamedTuple):
+    """x = left * right, or silu(left) * right, silu rounded to x's dtype before the product; both (n, K)."""
+
+    left: Tensor
+    right: Tensor
+    silu: bool
+
+    def product(self) -> Tensor:
+        return (torch.nn.functional.silu(self.left) if self.silu else self.left) * self.right
+
+
+class Recipe(NamedTuple):
+    """Where the factors of x are found during its consumer's backward pass."""
+
+    node: Any
+    shape: torch.Size
+
+    def factors(self) -> Factors:
+        if self.node.name() == "MulBackward0":
+            left, right, silu = self.node._saved_self, self.node._saved_other, False
+        else:
+            (left, right), silu = self.node.saved_tensors, True
+        return Factors(left.view(self.shape), right.view(self.shape), silu)
+
+
+def recipe(x: Tensor) -> Recipe | None:
+    """How to make x (n, K) again, or None where it must be saved.
+
+    Known are a product of two tensors of x's size, and Liger's SwiGLU. None also while tracing, and under saved-tensor
+    hooks (checkpointing, offload), where what a node holds may be read only once.
+    """
+    node: Any = x.grad_fn
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    if node is None or type(x) is not Tensor or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    if node.name() == "MulBackward0":
+        factors = node._saved_self, node._saved_other
+    elif node.name() == "LigerSiLUMulFunctionBackward":
+        if any(getattr(node, name, 1.0) != 1.0 for name in ("gate_multiplier", "down_multiplier")):
+            return None
+        factors = node.saved_tensors
+    else:
+        return None
+    fit = all(
+        isinstance(f, Tensor) and f.numel() == x.numel() and f.dtype == x.dtype and f.is_contiguous() for f in factors
+    )
+    return Recipe(node, x.shape) if fit and len(factors) == 2 else None

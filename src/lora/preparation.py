@@ -1,0 +1,136 @@
+"""prepare: what a large or quantised model needs before it is trained."""
+
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import LoraError
+from .layers.base import base_modules
+from .layers.quantised import is_quantised
+from .offload import Offload
+from .quantised_model import model_dtype
+from .resident import unwrap
+from .targets import output_heads
+from .weights import weight_of
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def prepare(
+    model: ModelT,
+    *,
+    checkpointing: bool | Literal["offload"] = True,
+    norms_fp32: bool = False,
+    head_dtype: torch.dtype | None = None,
+) -> ModelT:
+    """Make a model, quantised or not, ready for training within little memory, in place; before or after `inject`.
+
+    `lora.summary` tells what is in force.
+
+    Args:
+        checkpointing: recompute each layer in the backward pass (True); keep the layers' inputs in pinned host memory
+            as well ("offload", on a GPU); or neither (False: what the model does now stays).
+        norms_fp32: hold the normalisation weights in float32. They are not trained, so it only helps a model that
+            overflows in float16.
+        head_dtype: of the output head, whose input is cast to it; None leaves the head as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoraError: a weight that is not quantised yet, checkpointing that the model does not know, "offload" without a
+            GPU, a tied head. The model is then as it was.
+    """
+    root = unwrap(model)
+    if checkpointing not in (True, False, "offload"):
+        raise LoraError(f"checkpointing: got {checkpointing!r}; allowed are True, False and 'offload'")
+    heads = _heads(root, head_dtype) if head_dtype is not None else []
+    for _, module in base_modules(root):
+        if is_quantised(module):
+            weight = weight_of(module)
+            assert weight is not None
+            weight.stored()  # raises where bitsandbytes has not quantised it yet
+    if checkpointing:
+        _checkpoint(root, checkpointing == "offload")
+    if norms_fp32:
+        for module in _norms(root):
+            module.float()
+    for head in heads:
+        head.to(head_dtype)
+        if not any(isinstance(hook, CastInput) for hook in head._forward_pre_hooks.values()):
+            head.register_forward_pre_hook(CastInput())
+    return model
+
+
+class CastInput:
+    """Casts a module's input to its weight's dtype."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].to(module.weight.dtype), *args[1:])
+
+
+def prepared(root: nn.Module) -> str:
+    """What of `prepare` is in force, in words; "" for nothing."""
+    parts = []
+    functions = [_function(m) for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
+    if functions:
+        offloads = any(isinstance(function, Offload) for function in functions)
+        parts.append("checkpointing" + (" with its inputs in host memory" if offloads else ""))
+    plain = model_dtype(root)
+    norms = {p.dtype for m in _norms(root) for p in m._parameters.values() if p is not None}
+    if norms == {torch.float32} and plain != torch.float32:
+        parts.append("norms in float32")
+    for name in output_heads(root):
+        head = root.get_submodule(name)
+        if any(isinstance(hook, CastInput) for hook in head._forward_pre_hooks.values()):
+            parts.append(f"{name} in {str(head.weight.dtype)[6:]}")
+    return ", ".join(parts)
+
+
+def _checkpoint(root: nn.Module, offload: bool) -> None:
+    # The method has another name in older transformers 5.
+    enable: Any = getattr(root, "activation_checkpointing_enable", None) or getattr(
+        root, "gradient_checkpointing_enable", None
+    )
+    if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
+        raise LoraError(
+            f"checkpointing: {type(root).__name__} does not know it; pass checkpointing=False, or wrap its layers in "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    if offload and not any(p.is_cuda for p in root.parameters()):
+        raise LoraError("checkpointing: 'offload' moves inputs from a GPU to host memory, and no parameter is on one")
+    before = [m for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
+    reentrant = any(getattr(_function(m), "keywords", {}).get("use_reentrant", False) for m in before)
+    if not before or offload or reentrant:
+        # Not the reentrant kind: it would need an input with a gradient, and runs every layer's hooks twice.
+        enable({"use_reentrant": False})
+    if offload:
+        function = Offload()
+        for _, module in base_modules(root):
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def _function(module: nn.Module) -> Any:
+    return getattr(module, "_gradient_checkpointing_func", None)
+
+
+def _norms(root: nn.Module) -> list[nn.Module]:
+    return [m for _, m in base_modules(root) if "Norm" in type(m).__name__ and m._parameters]
+
+
+def _heads(root: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    if not dtype.is_floating_point:
+        raise LoraError(f"head_dtype: got {dtype}; a floating-point dtype is expected")
+    heads = {name: root.get_submodule(name) for name in output_heads(root)}
+    if not heads:
+        raise LoraError(f"head_dtype: {type(root).__name__} has no output head under a known name; leave it None")
+    for name, head in heads.items():
+        if is_quantised(head):
+            raise LoraError(f"head_dtype: {name!r} is quantised; leave it None")
+        for other, module in base_modules(root):
+            shared = [p for p in module._parameters.values() if p is not None and p is head._parameters.get("weight")]
+            if shared and module is not head and head.weight.dtype != dtype:
+                raise LoraError(f"head_dtype: {name!r} is tied to {other!r}, which would be cast too; leave it None")
+    return list(heads.values())

@@ -1,0 +1,112 @@
+"""Merging into a quantised weight: a 16-bit linear in its place, or the sum quantised again.
+
+The original weight is kept whole (it is a quarter or half of the 16-bit one), so unmerge gives back its very bytes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraError
+from .layers import LinearAdapters
+from .ops import summed_bias
+from .report import MergedModule
+from .weights import FrozenWeight, Quantised
+
+INTO = ("nf4", "fp4", "int8")
+
+
+@dataclass
+class Replaced:
+    """A quantised weight in whose place a merge put something else."""
+
+    parameter: Any
+    attributes: dict[str, Any]  # the module's, that belong to the parameter
+    into: str | None
+    merged_class: type[nn.Module] | None  # the module's class while merged; None for its own
+    bias: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.parameter.nbytes) + (0 if self.bias is None else self.bias.nbytes)
+
+
+def check_into(name: str, host: nn.Module, adapters: LinearAdapters, into: str | None) -> None:
+    """Refuse what this host's weight cannot be merged into."""
+    kind = adapters.frozen.quantisation
+    if kind is not None and into not in (None, kind):
+        raise LoraError(
+            f"into: got {into!r}, but the weight of {name!r} is {kind}; allowed are {kind!r} and None (a 16-bit layer)"
+        )
+    if kind is not None and into is None and getattr(host, "source_cls", nn.Linear).__name__ == "Conv1D":
+        raise LoraError(
+            f"model: {name!r} was a Conv1D before it was quantised, whose weight lies the other way round, so a 16-bit "
+            f"linear in its place would be saved wrong; use into={kind!r}, or merge into the base loaded in 16 bits"
+        )
+
+
+@torch.no_grad()
+def merge_quantised(
+    name: str, host: nn.Module, adapters: LinearAdapters, updates: Iterator[tuple[slice, Tensor]], into: str | None,
+    dtype: torch.dtype | None,
+) -> tuple[MergedModule, Replaced]:  # fmt: skip
+    """W0 + D in fp32 from the dequantised W0, rounded once to `dtype` or quantised once; the module then holds that.
+
+    Args:
+        updates: (rows, D[rows]) over the rows, D in fp32.
+        dtype: of a 16-bit layer; None is the dtype that the weight had before it was quantised.
+    """
+    frozen = adapters.frozen
+    assert isinstance(frozen, Quantised)
+    dtype = dtype or frozen.dtype
+    before = frozen.dense(torch.float32)
+    update = torch.empty_like(before)
+    for rows, values in updates:
+        update[rows] = values
+    total = before + update
+    if not torch.isfinite(total).all():
+        raise LoraError(f"model: merging {name!r} gives NaN or infinity; nothing was changed")
+    undo = Replaced(frozen.parameter, frozen.attributes(), into, nn.Linear if into is None else None, None)
+    new_bias = None
+    if any(term.bias is not None for term in adapters.terms):
+        undo.bias = host.get_parameter("bias").detach().clone()
+        new_bias = summed_bias(undo.bias, adapters.terms)
+    try:
+        if into is None:
+            merged = total.to(dtype)
+            before = before.to(dtype).float()  # what the base computes with
+            frozen.install(nn.Parameter(merged, requires_grad=False), {})
+        else:
+            frozen.install(*frozen.quantised(total))
+            merged = frozen.dense(torch.float32)
+        if new_bias is not None:
+            host.get_parameter("bias").copy_(new_bias)
+        change, exact = (merged.float() - before).double(), update.double()
+        along, norm, lost = ((change * exact).sum(), exact.square().sum(), (change - exact).square().sum())
+        kept, noise = ((along / norm).item(), math.sqrt((lost / norm).item())) if norm else (1.0, 0.0)
+    except BaseException:
+        put_back(host, frozen, undo)
+        raise
+    return MergedModule(name, frozen.shape, dtype, kept, noise, into), undo
+
+
+@torch.no_grad()
+def put_back(host: nn.Module, frozen: FrozenWeight, undo: Replaced) -> None:
+    """Give a host its quantised weight again, on the device where it is now."""
+    assert isinstance(frozen, Quantised)
+    frozen.install(undo.parameter, undo.attributes)
+    if undo.bias is not None:
+        host.get_parameter("bias").copy_(undo.bias)
+
+
+def leave(host: nn.Module, adapters: LinearAdapters) -> None:
+    """Before its adapters go for good: make a host that was merged into 16 bits a plain linear."""
+    undo = adapters.undo
+    if isinstance(undo, Replaced) and undo.merged_class is not None:
+        for attribute in undo.attributes:
+            delattr(host, attribute)
+        adapters.original = adapters.resting = undo.merged_class

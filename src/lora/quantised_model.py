@@ -1,0 +1,55 @@
+"""What transformers keeps on a model that bitsandbytes quantised, kept true while the model is adapted or merged."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers.base import base_modules
+from .layers.quantised import is_quantised
+
+_CLASSES: dict[type, type] = {}
+
+
+def allow_training(root: nn.Module, allowed: bool) -> None:
+    """Let transformers' Trainer take a quantised model, which it refuses unless it sees an adapter that it knows.
+
+    It asks the model's quantiser; that one object takes a subclass that says yes, and its own class again at the end.
+    """
+    quantiser: Any = getattr(root, "hf_quantizer", None)
+    if quantiser is None or getattr(quantiser.quantization_config, "quant_method", None) != "bitsandbytes":
+        return
+    kind = type(quantiser)
+    if allowed and kind not in _CLASSES.values():
+        if kind not in _CLASSES:
+            _CLASSES[kind] = type(kind.__name__, (kind,), {"is_qat_trainable": True, "__module__": kind.__module__})
+        quantiser.__class__ = _CLASSES[kind]
+    elif not allowed and kind in _CLASSES.values():
+        quantiser.__class__ = kind.__mro__[1]
+
+
+def forget_quantisation(root: nn.Module, names: Iterable[str]) -> None:
+    """Make a transformers model's config say which modules are no longer quantised, so that it is saved as it is."""
+    quantiser: Any = getattr(root, "hf_quantizer", None)
+    if quantiser is None:
+        return
+    if not any(is_quantised(module) for _, module in base_modules(root)):
+        quantiser.remove_quantization_config(root)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            root.__dict__.pop(flag, None)
+        return
+    settings: Any = quantiser.quantization_config
+    # Once a list is given, it is the whole truth: what was left out by default must be in it.
+    left_out = settings.llm_int8_skip_modules or getattr(quantiser, "modules_to_not_convert", None) or []
+    settings.llm_int8_skip_modules = sorted({*left_out, *names})
+
+
+def model_dtype(root: nn.Module) -> torch.dtype | None:
+    """The dtype of what is not quantised in a model: of its activations, as far as one can tell."""
+    for _, module in base_modules(root):
+        if not is_quantised(module):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter.dtype
+    return None
