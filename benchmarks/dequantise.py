@@ -26,7 +26,6 @@ SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 1433
 KINDS = {"nf4 nested": ("nf4", True), "nf4": ("nf4", False), "fp4": ("fp4", False), "int8": ("int8", False)}
 RATE = 4.25e12
 BEYOND_L2 = 200e6  # bytes of weights and results in turn; an H200 caches 50 MB
-LOOKUPS = ("shared", "shuffle")
 Runs = dict[str, Callable[[int], object]]
 
 
@@ -79,15 +78,13 @@ class Case:
         return out
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """The variants with the sizes that are set in the kernels' module."""
+        """The sizes that are set in the kernels' module."""
         from lora.kernels.dequantise import FOUR_BIT, INT8
 
-        if self.format.kind == "int8":
-            return {"ours": INT8}
-        return {lookup: FOUR_BIT | {"LOOKUP": lookup} for lookup in LOOKUPS}
+        return {"ours": INT8 if self.format.kind == "int8" else FOUR_BIT}
 
     def sizes(self) -> dict[str, dict[str, Any]]:
-        """Every variant with other sizes: eight weights a thread at a time, once to eight times."""
+        """Other sizes: eight weights a thread at a time, once to eight times."""
         found: dict[str, dict[str, Any]] = {}
         for (name, config), warps, times in itertools.product(self.configs().items(), (2, 4, 8), (1, 2, 4, 8)):
             groups = warps * 32 * times
@@ -139,7 +136,7 @@ def runs_of(case: Case, configs: dict[str, dict[str, Any]]) -> Runs:
 
 
 def sweep(case: Case) -> None:
-    """Print the three fastest sizes of each variant."""
+    """Print the three fastest sizes."""
     configs = case.sizes()
     gate(case, configs, (torch.bfloat16,))  # each dtype is another kernel to compile
     times = race(runs_of(case, configs), len(case.parts), rounds=7)
@@ -153,7 +150,7 @@ def sweep(case: Case) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv")
-    parser.add_argument("--sweep", action="store_true", help="sizes of each variant, for two cases")
+    parser.add_argument("--sweep", action="store_true", help="other sizes, for two cases")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/dequantise.py needs an NVIDIA GPU")

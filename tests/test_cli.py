@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ import lora
 from conftest import randomize, tiny_gpt2, tiny_llama
 from lora.cli import main
 from lora.commands.adapter_file import describe
+from lora.commands.console import clean_warnings
 from lora.commands.merge import new_folder
+from lora.train.base import load_base
+from lora.train.generation import generate as answers_of
 from tiny_base import load_example_tokenizer, save_tiny_base
 
 Lora = Callable[..., tuple[int, str, str]]
@@ -415,3 +419,119 @@ def test_the_module_runs_as_a_program(adapter: Path) -> None:
         env={**os.environ, "NO_COLOR": "1"},
     )
     assert "checksum: verified" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base as people save it quantised, by kind, in bf16 where it is not."""
+    pytest.importorskip("bitsandbytes")
+    folders = {}
+    for kind in ("nf4", "int8"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        load_base(str(base), torch.bfloat16, kind).save_pretrained(folders[kind])
+        load_example_tokenizer().save_pretrained(folders[kind])
+    return folders
+
+
+def notes(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.strip()]
+
+
+def test_an_adapter_trained_on_a_quantised_base(cli: Lora, base: Path, rows: Path, tmp_path: Path) -> None:
+    """Tried on the base that it was trained on, on another, and merged into the one that is not quantised."""
+    pytest.importorskip("bitsandbytes")
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    data = ["--data", rows, "--out", out, "--max-steps", 6, "--warmup-steps", 1, "--lr", 1e-2]
+    code, _, progress = cli("train", "--model", base, *data, "--quantize", "nf4", "--gradient-checkpointing")
+    assert code == 0, progress
+    assert "plain torch over nf4" in progress
+    assert "prepared: checkpointing" in progress
+
+    ask = ["generate", base, "--adapter", out, "--prompt", "count 3", "--max-new-tokens", 4]
+    code, _, err = cli(*ask, "--quantize", "nf4")
+    assert (code, notes(err)) == (0, [])
+    for quantize, other in (("none", "float32, not quantised"), ("int8", "int8")):
+        code, _, err = cli(*ask, "--quantize", quantize)
+        [note] = notes(err)
+        assert code == 0
+        assert re.match(rf"note: {out}: this adapter was trained on a base in .*nf4, and this one is in {other};", note)
+    code, _, err = cli(*ask, "--quantize", "fp8")
+    assert (code, notes(err)) == (2, ["error: quantize is 'fp8'; allowed: none, nf4, int8"])
+
+    code, _, err = cli("merge", base, out, merged)
+    [note] = notes(err)
+    assert code == 0
+    assert re.match(rf"note: {out}: this adapter was trained on a base in .*nf4, and this one is in float32,", note)
+    before, after, parts = (
+        load_file(folder / name)
+        for folder, name in (
+            (base, "model.safetensors"),
+            (merged, "model.safetensors"),
+            (out, "adapter_model.safetensors"),
+        )
+    )
+    assert before.keys() == after.keys()
+    stem = "base_model.model.model.layers.1.mlp.up_proj.lora_"
+    update = 2.0 * parts[stem + "B.weight"] @ parts[stem + "A.weight"]
+    key = "model.layers.1.mlp.up_proj.weight"
+    assert update.abs().max() > 1e-3
+    assert torch.allclose(after[key], before[key] + update, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_a_base_that_is_stored_quantised(
+    cli: Lora, stored: dict[str, Path], tmp_path: Path, kind: str, targets: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = load_example_tokenizer()("count three", return_tensors="pt").input_ids
+    model = load_base(str(stored[kind]), torch.bfloat16)
+    lora.save(randomize(lora.inject(model, r=4, targets=targets), std=0.5), tmp_path / "adapter")
+    with torch.no_grad():
+        adapted = model.train()(ids).logits
+    [by_hand] = answers_of(model, load_example_tokenizer(), ["count 3"], max_new_tokens=4)
+    with lora.disabled(model):
+        assert answers_of(model, load_example_tokenizer(), ["count 3"], max_new_tokens=4) != [by_hand]
+
+    ask = ["--prompt", "count 3", "--max-new-tokens", 4, "--dtype", "bf16"]
+    code, answer, err = cli("generate", stored[kind], "--adapter", tmp_path / "adapter", *ask)
+    assert (code, notes(err)) == (0, [])
+    assert answer.removesuffix("\n") == by_hand
+    code, _, err = cli("generate", stored[kind], *ask, "--quantize", "nf4" if kind == "int8" else "int8")
+    assert code == 2
+    assert f"is stored in {kind}; leave quantize out" in err
+
+    code, told, err = cli("merge", stored[kind], tmp_path / "adapter", tmp_path / "merged")
+    assert (code, notes(err)) == (0, [])
+    assert "bfloat16" in told
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert saved["model.layers.0.self_attn.v_proj.weight"].dtype == torch.bfloat16
+    quantised = "quantization_config" in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert quantised == (targets != "all-linear")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(again.model.layers[0].self_attn.v_proj) is torch.nn.Linear
+    kinds = {type(module).__name__ for module in again.modules() if "Linear" in type(module).__name__}
+    assert kinds == ({"Linear", {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]} if quantised else {"Linear"})
+    if quantised:  # through our forward: bitsandbytes' own on a CPU takes no 4-bit weight as narrow as these
+        lora.inject(again, targets=["q_proj"])
+    with torch.no_grad():
+        logits = again.train()(ids).logits
+    assert (logits - adapted).norm() < 0.05 * adapted.norm()
+    if not quantised:
+        assert cli("generate", tmp_path / "merged", *ask)[0] == 0
+
+
+def test_a_merge_takes_the_dtype_that_it_is_given(cli: Lora, stored: dict[str, Path], tmp_path: Path) -> None:
+    model = lora.inject(load_base(str(stored["nf4"]), torch.bfloat16), targets="all-linear")
+    lora.save(randomize(model), tmp_path / "adapter")
+    assert cli("merge", stored["nf4"], tmp_path / "adapter", tmp_path / "merged", "--dtype", "fp32")[0] == 0
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_a_note_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path in brackets is no markup."""
+    with clean_warnings():
+        warnings.warn("/runs/[bold]/a: [/] careful", lora.LoraWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note: /runs/[bold]/a: [/] careful\n"

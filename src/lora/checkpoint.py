@@ -259,14 +259,14 @@ def _check_origin(
         raise LoraError(
             f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
         )
+    if BASE in header and (why := difference(header[BASE], weights)) is not None:
+        raise LoraError(
+            f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
+        )
     if BASE in header and (names := other_quantisation(header[BASE], weights)) is not None:
         warnings.warn(
             f"{folder}: this adapter was trained on a base in {names[0]}, and this one is in {names[1]}; it will act, "
             "but it was fitted to that base's rounding. Load the base as it was trained to have the same results",
             LoraWarning,
             stacklevel=3,
-        )
-    if BASE in header and (why := difference(header[BASE], weights)) is not None:
-        raise LoraError(
-            f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
         )

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.dequantise import Format
 from .weights import FrozenWeight
 
 SAMPLES = 48
+USUAL_BLOCK = 64  # bitsandbytes' default for 4 bits
 
 
 def fingerprint(weights: dict[str, FrozenWeight]) -> str:
@@ -38,7 +40,14 @@ def _name(dtype: torch.dtype) -> str:
 
 def quantisation(weights: dict[str, FrozenWeight]) -> str | None:
     """How the targets are quantised: "nf4", or "int8, nf4" where they differ; None where none is."""
-    return ", ".join(sorted({w.quantisation for w in weights.values() if w.quantisation is not None})) or None
+    return ", ".join(sorted({_kind(w) for w in weights.values() if w.quantisation is not None})) or None
+
+
+def _kind(weight: FrozenWeight) -> str:
+    """A quantisation by all that its values depend on: a double-quantised base is not the same to the bit."""
+    form = Format.parse(weight.stored()[1])
+    block = "" if form.block in (0, USUAL_BLOCK) else f" in blocks of {form.block}"
+    return f"{'double-quantised ' if form.nested else ''}{form.kind}{block}"
 
 
 def other_quantisation(recorded: str, weights: dict[str, FrozenWeight]) -> tuple[str, str] | None:

@@ -11,9 +11,9 @@ from torch import nn
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
-from .layers.base import acting_class, adapters_of, attach, base_modules, hosts
+from .layers.base import acting_class, adapters_of, attach, base_modules, hosts, original_class, take_class
 from .layers.fused import form_groups
-from .layers.quantised import settle
+from .layers.quantised import FrozenLinear, is_quantised, settle
 from .quantised_model import allow_training
 from .resident import activate_all, check_root, resident, unwrap
 from .targets import check_called, default_targets, select
@@ -110,7 +110,9 @@ def whole_parts(
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
             whole[name] = tuple(n for n, _ in _base_parameters(modules[name]))
-            if any(not p.is_floating_point() for _, p in _base_parameters(modules[name])):
+            if any(is_quantised(module) for _, module in base_modules(modules[name])) or any(
+                not p.is_floating_point() for _, p in _base_parameters(modules[name])
+            ):
                 raise LoraError(
                     f"train: {name!r} is quantised and cannot be trained whole; name it in targets, or load the model "
                     "with it in BitsAndBytesConfig(llm_int8_skip_modules=[...])"
@@ -163,7 +165,10 @@ def _copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) 
     for name in own:
         start = host.get_parameter(name)
         twin._parameters[name] = memo.setdefault(id(start), nn.Parameter(start.detach().clone()))
-    return _bare(twin, host)
+    _bare(twin, host)
+    if is_quantised(twin):
+        take_class(twin, acting_class(FrozenLinear, original_class(twin)))
+    return twin
 
 
 def _bare(twin: nn.Module, host: nn.Module) -> nn.Module:

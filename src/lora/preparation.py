@@ -3,9 +3,10 @@
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import LoraError
+from .layers import LowRank
 from .layers.base import base_modules
 from .layers.quantised import is_quantised
 from .offload import Offload
@@ -53,21 +54,47 @@ def prepare(
             weight.stored()  # raises where bitsandbytes has not quantised it yet
     if checkpointing:
         _checkpoint(root, checkpointing == "offload")
-    if norms_fp32:
-        for module in _norms(root):
-            module.float()
+    for module in _norms(root) if norms_fp32 else []:
+        dtype = _dtype(module)
+        if dtype != torch.float32:
+            _cast(module, torch.float32)
+            module.register_forward_hook(CastOutput(dtype))
     for head in heads:
-        head.to(head_dtype)
-        if not any(isinstance(hook, CastInput) for hook in head._forward_pre_hooks.values()):
-            head.register_forward_pre_hook(CastInput())
+        assert head_dtype is not None
+        _cast(head, head_dtype)
     return model
 
 
 class CastInput:
     """Casts a module's input to its weight's dtype."""
 
-    def __call__(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].to(module.weight.dtype), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].to(_dtype(module)), *args[1:])
+
+
+class CastOutput:
+    """Casts a module's output back to the dtype that it had, which the layers after it compute in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(self.dtype)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold a module in another dtype, but not A and B, and give it its input in that."""
+    for inner in module.modules():
+        if not isinstance(inner, LowRank):
+            for tensor in (*inner._parameters.values(), *inner._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    if not any(isinstance(hook, CastInput) for hook in module._forward_pre_hooks.values()):
+        module.register_forward_pre_hook(CastInput())
 
 
 def prepared(root: nn.Module) -> str:
@@ -84,7 +111,7 @@ def prepared(root: nn.Module) -> str:
     for name in output_heads(root):
         head = root.get_submodule(name)
         if any(isinstance(hook, CastInput) for hook in head._forward_pre_hooks.values()):
-            parts.append(f"{name} in {str(head.weight.dtype)[6:]}")
+            parts.append(f"{name} in {str(_dtype(head))[6:]}")
     return ", ".join(parts)
 
 
@@ -102,7 +129,8 @@ def _checkpoint(root: nn.Module, offload: bool) -> None:
         raise LoraError("checkpointing: 'offload' moves inputs from a GPU to host memory, and no parameter is on one")
     before = [m for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
     reentrant = any(getattr(_function(m), "keywords", {}).get("use_reentrant", False) for m in before)
-    if not before or offload or reentrant:
+    offloaded = any(isinstance(_function(m), Offload) for m in before)
+    if not before or offload or offloaded or reentrant:
         # Not the reentrant kind: it would need an input with a gradient, and runs every layer's hooks twice.
         enable({"use_reentrant": False})
     if offload:
@@ -127,7 +155,7 @@ def _heads(root: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     if not heads:
         raise LoraError(f"head_dtype: {type(root).__name__} has no output head under a known name; leave it None")
     for name, head in heads.items():
-        if is_quantised(head):
+        if any(is_quantised(module) for _, module in base_modules(head)):
             raise LoraError(f"head_dtype: {name!r} is quantised; leave it None")
         for other, module in base_modules(root):
             shared = [p for p in module._parameters.values() if p is not None and p is head._parameters.get("weight")]

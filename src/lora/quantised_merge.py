@@ -68,8 +68,6 @@ def merge_quantised(
     for rows, values in updates:
         update[rows] = values
     total = before + update
-    if not torch.isfinite(total).all():
-        raise LoraError(f"model: merging {name!r} gives NaN or infinity; nothing was changed")
     undo = Replaced(frozen.parameter, frozen.attributes(), into, nn.Linear if into is None else None, None)
     new_bias = None
     if any(term.bias is not None for term in adapters.terms):
@@ -83,6 +81,9 @@ def merge_quantised(
         else:
             frozen.install(*frozen.quantised(total))
             merged = frozen.dense(torch.float32)
+        if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
+            stored = into or str(dtype).removeprefix("torch.")
+            raise LoraError(f"model: merging {name!r} gives NaN or infinity in {stored}; nothing was changed")
         if new_bias is not None:
             host.get_parameter("bias").copy_(new_bias)
         change, exact = (merged.float() - before).double(), update.double()
@@ -109,4 +110,4 @@ def leave(host: nn.Module, adapters: LinearAdapters) -> None:
     if isinstance(undo, Replaced) and undo.merged_class is not None:
         for attribute in undo.attributes:
             delattr(host, attribute)
-        adapters.original = adapters.resting = undo.merged_class
+        adapters.original, adapters.resting_layer = undo.merged_class, None

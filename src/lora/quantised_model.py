@@ -22,11 +22,28 @@ def allow_training(root: nn.Module, allowed: bool) -> None:
         return
     kind = type(quantiser)
     if allowed and kind not in _CLASSES.values():
-        if kind not in _CLASSES:
-            _CLASSES[kind] = type(kind.__name__, (kind,), {"is_qat_trainable": True, "__module__": kind.__module__})
-        quantiser.__class__ = _CLASSES[kind]
+        quantiser.__class__ = _trainable(kind)
     elif not allowed and kind in _CLASSES.values():
         quantiser.__class__ = kind.__mro__[1]
+
+
+def _trainable(kind: type) -> type:
+    if kind not in _CLASSES:
+        body = {"is_qat_trainable": True, "__reduce_ex__": _reduce, "__module__": kind.__module__}
+        _CLASSES[kind] = type(kind.__name__, (kind,), body)
+    return _CLASSES[kind]
+
+
+def _reduce(quantiser: Any, protocol: Any) -> Any:
+    # The class is made at run time, so pickle and deepcopy name the one that it is made of.
+    return _revive, (type(quantiser).__mro__[1], quantiser.__dict__)
+
+
+def _revive(kind: Any, attributes: dict[str, Any]) -> Any:
+    quantiser = kind.__new__(kind)
+    quantiser.__dict__.update(attributes)
+    quantiser.__class__ = _trainable(kind)
+    return quantiser
 
 
 def forget_quantisation(root: nn.Module, names: Iterable[str]) -> None:

@@ -10,10 +10,12 @@ from torch import nn
 
 from .errors import LoraError
 from .layers import Adapters, LinearAdapters, LowRank
-from .layers.base import hosts
+from .layers.base import base_modules, hosts
 from .layers.fused import why_not
+from .layers.quantised import is_quantised
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
+from .weights import weight_of
 
 INT8_NOTE = (
     "int8: training multiplies by the dequantised weights and never quantises activations; in eval mode without "
@@ -167,7 +169,7 @@ def summary(model: nn.Module) -> Summary:
     return Summary(
         rows=[Row(*key, layers=len(counts), parameters=sum(counts)) for key, counts in grouped.items()],
         trainable=sum(p.numel() for p in trainable),
-        total=sum(p.numel() for p in root.parameters()),
+        total=_elements(root),
         bytes=sum(p.nbytes for p in trainable),
         acting=acting(root),
         merged=is_merged(root),
@@ -175,6 +177,17 @@ def summary(model: nn.Module) -> Summary:
         int8=any(a.frozen.quantisation == "int8" for _, _, a in hosts(root, LinearAdapters)),
         groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
+
+
+def _elements(root: nn.Module) -> int:
+    """The parameters' elements, a quantised weight's as many as it stands for; a shared one counts once."""
+    counts = {id(p): p.numel() for p in root.parameters()}
+    for _, module in base_modules(root):
+        if is_quantised(module):
+            weight = weight_of(module)
+            assert weight is not None
+            counts[id(weight.parameter)] = math.prod(weight.shape)
+    return sum(counts.values())
 
 
 def _path(host: nn.Module, adapters: Adapters, adapter: str) -> str:

@@ -56,8 +56,9 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     modules = dict(base_modules(model, every_name=True))
     linear = {name: module for name, module in modules.items() if name and weight_of(module) is not None}
     if not linear:
-        found = next((text for m in modules.values() if (text := _other_quantiser(m))), "")
-        raise LoraError(f"model: {type(model).__name__} has no linear inside it to adapt; {SUPPORTED}{found}")
+        raise LoraError(
+            f"model: {type(model).__name__} has no linear inside it to adapt; {SUPPORTED}{_any_other(modules)}"
+        )
     candidates = _matching(model, config, modules, linear, loading)
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {
@@ -74,6 +75,7 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         raise LoraError(
             f"targets: {config.targets!r} fits {len(candidates)} modules, but exclude={config.exclude!r}, "
             f"layers={config.layers!r} and train={config.train!r} leave none of them; widen one of these"
+            f"{'' if candidates else _any_other(modules)}"
         )
     for label, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
@@ -82,15 +84,15 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     return chosen
 
 
-def default_targets(linear: Iterable[str]) -> list[str]:
-    """The first of the known pairs of attention names whose members all exist."""
+def default_targets(linear: Iterable[str], hint: str = "") -> list[str]:
+    """The first of the known pairs of attention names whose members all exist; `hint` ends the error if none does."""
     names = list(linear)
     for group in ATTENTION_NAMES:
         if all(any(matches([target], name) for name in names) for target in group):
             return group
     raise LoraError(
         "targets: None picks the query and value projections, and this model has none under a known name; "
-        f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}"
+        f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}{hint}"
     )
 
 
@@ -153,6 +155,11 @@ def _other_quantiser(module: nn.Module) -> str:
     return ""
 
 
+def _any_other(modules: dict[str, nn.Module]) -> str:
+    """The words for the first module that another quantiser made."""
+    return next((text for module in modules.values() if (text := _other_quantiser(module))), "")
+
+
 def _matching(
     model: nn.Module,
     config: LoraConfig,
@@ -170,6 +177,7 @@ def _matching(
             raise LoraError(
                 f"targets: the regular expression {targets!r} fits no linear module's full name "
                 f"(it is matched against the whole{near(targets, linear)}); a list, [{targets!r}], matches the ends"
+                f"{_any_other(modules)}"
             )
         return found
     for target in [] if loading else targets or []:
@@ -185,7 +193,7 @@ def _matching(
                     f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {SUPPORTED}"
                     f"{_other_quantiser(modules[name])}{_inside(name, linear)}"
                 )
-    return [name for name in linear if matches(targets or default_targets(linear), name)]
+    return [name for name in linear if matches(targets or default_targets(linear, _any_other(modules)), name)]
 
 
 def output_heads(model: nn.Module) -> list[str]:
@@ -195,7 +203,7 @@ def output_heads(model: nn.Module) -> list[str]:
     head = get() if callable(get) else None
     if head is not None:
         heads += [name for name, module in base_modules(model) if module is head]
-    return heads
+    return list(dict.fromkeys(heads))
 
 
 def layer_index(name: str) -> int | None:

@@ -39,6 +39,9 @@ class FrozenWeight(Protocol):
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the module computes with for an input x, which is not x's own where a quantiser says so."""
 
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the module's output for an input x."""
+
     def stored(self) -> Stored:
         """What the fused operator takes."""
 
@@ -74,6 +77,9 @@ class Dense:
         return self.parameter.dtype
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype
 
     def stored(self) -> Stored:
@@ -159,7 +165,10 @@ class FourBit(Quantised):
         return dtype
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return self.module.compute_dtype or x.dtype
+        return _autocast_dtype(x) or self.module.compute_dtype or x.dtype
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
 
     def _state(self) -> Any:
         # The parameter loses it when FSDP makes a new one of its data; the module has it still.
@@ -219,11 +228,19 @@ class EightBit(Quantised):
         return torch.float16  # which bitsandbytes rounds every weight to before it quantises it
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return _autocast_dtype(x) or x.dtype
+
+    def output_dtype(self, x: Tensor) -> torch.dtype:
+        return self.compute_dtype(x)
 
     def stored(self) -> Stored:
         weight: Any = self.parameter
+        if self.module.state.has_fp16_weights:
+            raise LoraError(
+                f"model: a {type(self.module).__name__} keeps a {weight.dtype} weight and quantises it in each pass "
+                "(has_fp16_weights=True), which is not supported; make it with has_fp16_weights=False, or use an "
+                "nn.Linear"
+            )
         # The scales lie on the parameter until the first forward pass of bitsandbytes, and then on the module.
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else self.module.state.SCB
         if weight.is_meta or weight.dtype != torch.int8 or scales is None:
@@ -252,6 +269,12 @@ class EightBit(Quantised):
         state = self.module.state
         if attributes and state.CB is not None:  # bitsandbytes has moved them here from the parameter
             state.CB, state.SCB = self.parameter.data, state.SCB.to(self.parameter.device)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of x, where it is on; bitsandbytes' own products go through it too."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 _TEXTS: dict[tuple[str, tuple[int, int], int, int], str] = {}

@@ -1,7 +1,7 @@
 """Dequantisation against bitsandbytes, bit for bit: plain torch, then the Triton kernels against plain torch.
 
 The kernels run through Triton's interpreter, which must be switched on before triton is imported: this file is run
-again in a process of its own for them. The shuffle lookup is PTX and runs on a GPU only.
+again in a process of its own for them.
 """
 
 import importlib.util
@@ -294,7 +294,7 @@ def test_kernel_four_bit(shape: tuple[int, int], block: int, nested: int, words:
     from lora.kernels.dequantise import dequantise_4bit_
 
     parts, form = made("nf4", shape, block, nested)
-    config = {"LOOKUP": "shared", "WORDS": words, "warps": 4}
+    config = {"WORDS": words, "warps": 4}
     out = dequantise_4bit_(poisoned(shape, dtype), parts, block, nested, config)
     assert same_bits(out, dequantise(parts, form, dtype))
 
@@ -337,15 +337,12 @@ def test_kernel_of_no_rows() -> None:
 
 @pytest.mark.gpu
 @dtypes
-@pytest.mark.parametrize("lookup", ["shared", "shuffle"])
 @pytest.mark.parametrize(("shape", "block", "nested", "words"), FOUR_BIT_CASES)
-def test_gpu_four_bit(
-    shape: tuple[int, int], block: int, nested: int, words: int, lookup: str, dtype: torch.dtype
-) -> None:
+def test_gpu_four_bit(shape: tuple[int, int], block: int, nested: int, words: int, dtype: torch.dtype) -> None:
     from lora.kernels.dequantise import dequantise_4bit_
 
     parts, form = made("nf4", shape, block, nested)
-    config = {"LOOKUP": lookup, "WORDS": words, "warps": 2}
+    config = {"WORDS": words, "warps": 2}
     out = dequantise_4bit_(poisoned(shape, dtype, "cuda"), [t.cuda() for t in parts], block, nested, config)
     assert same_bits(out.cpu(), dequantise(parts, form, dtype))
 

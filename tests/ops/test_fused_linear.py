@@ -252,6 +252,16 @@ def test_on_the_card(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_on_the_card(p: float) -> None:
+    x, weights, biases, A, B, scalings = problem(300, 64, (40, 24), GROUP, torch.bfloat16, device="cuda")
+    copies = make_copies(A, B, scalings, x.dtype)
+    seed = torch.tensor([4], device="cuda") if p else None
+    flat = (flatten(A), flatten(B), *copies, p, seed)
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, weights, "", biases, *flat))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_compiles_on_the_card(p: float) -> None:
     args = problem(2048, 1024, (2048, 1024), ((16,), (16,)), torch.bfloat16, device="cuda")

@@ -23,9 +23,9 @@ def test_an_unknown_key_gets_a_suggestion() -> None:
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(LoraError) as caught:
-        Recipe.of(model="m", r=0, lr="fast", schedule="sawtooth", targets=3, epoch=1)
+        Recipe.of(model="m", r=0, lr="fast", schedule="sawtooth", targets=3, epoch=1, quantize="int4", optimizer="sgd")
     told = str(caught.value)
-    assert told.startswith("recipe: 7 mistakes\n")
+    assert told.startswith("recipe: 9 mistakes\n")
     for part in (
         "data is missing: Training rows",
         "out is missing",
@@ -33,6 +33,8 @@ def test_all_mistakes_at_once() -> None:
         "lr is 'fast'; it must be a valid number",
         "schedule is 'sawtooth'; it must be 'linear', 'cosine' or 'constant'",
         "targets is 3; it must be",
+        "quantize is 'int4'; it must be 'none', 'nf4' or 'int8'",
+        "optimizer is 'sgd'; it must be 'adamw', 'adamw_8bit' or 'paged_adamw'",
         "unknown key 'epoch'; near names: epochs",
     ):
         assert part in told
@@ -40,8 +42,9 @@ def test_all_mistakes_at_once() -> None:
 
 def test_fields_that_contradict_each_other_are_told_together() -> None:
     with pytest.raises(LoraError) as caught:
-        Recipe.of(**NEEDED, epochs=1, max_steps=5, warmup_steps=5, targets=[])
-    for part in ("give one", "targets is empty", "leaves nothing of max_steps=5"):
+        Recipe.of(**NEEDED, epochs=1, max_steps=5, warmup_steps=5, targets=[], offload=True)
+    told = ("give one", "targets is empty", "leaves nothing of max_steps=5", "set gradient_checkpointing as well")
+    for part in told:
         assert part in str(caught.value)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import LoraWarning
 
@@ -21,7 +22,7 @@ def clean_warnings() -> Iterator[None]:
     """Within it, our own warnings are one line each, once, without a source position; others stay silent."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        stderr().print(f"[yellow]note:[/] {message}", highlight=False)
+        stderr().print(f"[yellow]note:[/] {escape(str(message))}", highlight=False)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

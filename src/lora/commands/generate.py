@@ -26,6 +26,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, fp32, bf16, fp16.")] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="Load the model quantised, as an adapter was trained: none, nf4, int8.")
+    ] = "none",
 ) -> None:
     """Answer a prompt, or a file of them, rendered exactly as in training.
 
@@ -38,9 +41,10 @@ def generate(
     rows, prompts = _prompts(prompt, input_file, adapter)
 
     from ..train.generation import generate as answer
+    from .console import clean_warnings
 
-    base, tokenizer = _load(model, adapter, dtype)
-    with _progress(len(prompts)) as advance:
+    base, tokenizer = _load(model, adapter, dtype, quantize)
+    with clean_warnings(), _progress(len(prompts)) as advance:
         answers = answer(
             base,
             tokenizer,
@@ -68,7 +72,7 @@ def _prompts(prompt: str | None, input_file: Path | None, adapter: Path | None) 
     return rows, row_prompts(rows)
 
 
-def _load(model: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
+def _load(model: str, adapter: Path | None, dtype: str, quantize: str) -> tuple[Any, Any]:
     import torch
 
     import lora
@@ -77,11 +81,13 @@ def _load(model: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
     from .console import clean_warnings
 
     tokenizer = load_tokenizer(model)
-    base = load_base(model, pick_dtype(dtype))
-    if adapter is not None:
-        with clean_warnings():
+    with clean_warnings():
+        base = load_base(model, pick_dtype(dtype), quantize)
+        if adapter is not None:
             lora.load(base, adapter)
-    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    if not getattr(base, "is_quantized", False):  # those are where they belong, and refuse to be moved
+        base.to("cuda" if torch.cuda.is_available() else "cpu")
+    return base, tokenizer
 
 
 @contextmanager

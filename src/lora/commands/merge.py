@@ -33,6 +33,9 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and save a plain model, which needs no lora to run.
 
+    Merge into the base that is not quantised, also when the adapter was trained on a quantised one. Where the base is
+    stored quantised, the layers that the adapter changes become 16-bit ones.
+
     lora merge org/base my-adapter merged
     """
     _check_out(out, [Path(model), adapter], force)
@@ -44,8 +47,9 @@ def merge(
     from .console import clean_warnings
 
     tokenizer = load_tokenizer(model)
-    merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype))
     with clean_warnings():
+        # On the CPU even when it is stored quantised: what comes out is several times as large.
+        merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype), device="cpu")
         lora.load(merged, adapter)
         report = lora.merge(merged, unload=True)
     typer.echo(_shown(report))

@@ -23,8 +23,11 @@ def train(recipe: Path | None = None, *, force: bool = False, **flags: Any) -> N
     given = {name: value for name, value in flags.items() if value not in (None, [])}
     plan = load_recipe(recipe, {name: _parsed(name, value) for name, value in given.items()})
 
-    from ..train.trainer import run
+    from ..train.quiet import quiet
     from .console import clean_warnings, stderr
+
+    with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
+        from ..train.trainer import run
 
     with clean_warnings():
         result = run(plan, force=force, console=stderr())

@@ -6,33 +6,16 @@ Every product and sum is rounded by itself, as bitsandbytes rounds them, so the 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# LOOKUP: who looks a nibble up; WORDS: 32-bit words of eight weights a program; COLUMNS: weights of a row a program.
-# Four words a thread are in flight together: the loads of one alone would not cover the memory's latency.
-FOUR_BIT: dict[str, Any] = {"LOOKUP": "shared", "WORDS": 512, "warps": 4}
-INT8 = {"COLUMNS": 4096, "warps": 4}
-
-# The code book lies in the lanes of a half warp, sixteen values in a register, and a shuffle reads the lane that the
-# nibble names: no shared memory, no barrier, and the nibble needs no mask, since 0x101f keeps a lane in its half.
-SHUFFLE = tl.constexpr("""{
-    .reg .b32 lane, value, low; .reg .b64 place;
-    mov.u32 lane, %laneid; and.b32 lane, lane, 15; mul.wide.u32 place, lane, 4; add.u64 place, place, $9;
-    ld.global.nc.b32 value, [place];
-    shr.u32 low, $8, 4; shfl.sync.idx.b32 $0, value, low, 0x101f, 0xffffffff;
-    shfl.sync.idx.b32 $1, value, $8, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 12; shfl.sync.idx.b32 $2, value, low, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 8; shfl.sync.idx.b32 $3, value, low, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 20; shfl.sync.idx.b32 $4, value, low, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 16; shfl.sync.idx.b32 $5, value, low, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 28; shfl.sync.idx.b32 $6, value, low, 0x101f, 0xffffffff;
-    shr.u32 low, $8, 24; shfl.sync.idx.b32 $7, value, low, 0x101f, 0xffffffff;
-}""")
+# WORDS: 32-bit words of eight weights a program; COLUMNS: weights of a row a program. Measured on one H200. Two to four
+# words a thread are in flight together: the loads of one alone would not cover the memory's latency.
+FOUR_BIT = {"WORDS": 256, "warps": 4}
+INT8 = {"COLUMNS": 4096, "warps": 8}
 
 
 @triton.jit
@@ -72,16 +55,12 @@ def load_absmax(
 
 
 @triton.jit
-def look_up(words, code_ptr, WORDS: tl.constexpr, LOOKUP: tl.constexpr):
-    """The code's values (WORDS, 8) fp32 of the nibbles, in the weights' order: a byte's high nibble is first."""
-    if LOOKUP == "shuffle":
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            SHUFFLE, "=f,=f,=f,=f,=f,=f,=f,=f,r,l", [words, code_ptr.to(tl.int64)],
-            (tl.float32,) * 8, is_pure=True, pack=1,
-        )  # fmt: skip
-        even = tl.join(tl.join(a, e), tl.join(c, g))  # the last join varies fastest
-        odd = tl.join(tl.join(b, f), tl.join(d, h))
-        return tl.reshape(tl.join(even, odd), (WORDS, 8))
+def look_up(words, code_ptr, WORDS: tl.constexpr):
+    """The code's values (WORDS, 8) fp32 of the nibbles, in the weights' order: a byte's high nibble is first.
+
+    The sixteen values lie in shared memory; a tree of selects would be bound by arithmetic, and reads of the code from
+    L1 by their addresses.
+    """
     shift = (tl.arange(0, 8) ^ 1) * 4
     nibble = (words[:, None] >> shift[None, :]) & 15
     code = tl.load(code_ptr + tl.arange(0, 16))
@@ -91,7 +70,7 @@ def look_up(words, code_ptr, WORDS: tl.constexpr, LOOKUP: tl.constexpr):
 @triton.jit
 def dequantise_4bit_kernel(
     packed_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr, n,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """out = round(code[nibble] * absmax[block]), each program 8 WORDS weights of n in row-major order.
 
@@ -104,7 +83,7 @@ def dequantise_4bit_kernel(
     left = tl.minimum(n - start, WORDS * 8).to(tl.int32)
     words = load_words(packed_ptr, start, left, WORDS, EVEN)
     absmax = load_absmax(absmax_ptr, absmax2_ptr, code2_ptr, offset_ptr, start, left, BLOCK, NESTED, WORDS, EVEN)
-    values = look_up(words, code_ptr, WORDS, LOOKUP) * absmax[:, None]
+    values = look_up(words, code_ptr, WORDS) * absmax[:, None]
     place = tl.arange(0, WORDS * 8)
     values = tl.reshape(values, (WORDS * 8,)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + start + place, values, mask=None if EVEN else place < left)
@@ -127,7 +106,7 @@ def dequantise_int8_kernel(codes_ptr, scales_ptr, out_ptr, columns, chunks, COLU
 
 
 def dequantise_4bit_(
-    out: Tensor, parts: Sequence[Tensor], block: int, nested: int, config: dict[str, Any] | None = None
+    out: Tensor, parts: Sequence[Tensor], block: int, nested: int, config: dict[str, int] | None = None
 ) -> Tensor:
     """Write the weight that the parts store into out.
 
@@ -141,13 +120,13 @@ def dequantise_4bit_(
     if n == 0:
         return out
     config = config or FOUR_BIT
-    words: int = config["WORDS"]
+    words = config["WORDS"]
     packed, absmax, code, *rest = parts
     absmax2, code2, offset = rest if nested else (None, None, None)
     even = n % (words * 8) == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
     dequantise_4bit_kernel[(triton.cdiv(n, words * 8),)](
         packed[: n // 2].view(torch.int32) if even else packed, absmax, code, absmax2, code2, offset, out, n,
-        BLOCK=block, NESTED=nested, LOOKUP=config["LOOKUP"], WORDS=words, EVEN=even,
+        BLOCK=block, NESTED=nested, WORDS=words, EVEN=even,
         num_warps=config["warps"], enable_fp_fusion=False,
     )  # fmt: skip
     return out

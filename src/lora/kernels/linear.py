@@ -2,6 +2,7 @@
 # Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """lora_linear on CUDA: the launches of one forward and one backward pass, and the rule that picks the plan."""
 
+import contextlib
 import functools
 import itertools
 from typing import Protocol
@@ -15,8 +16,8 @@ from .outer import outer_
 from .product import product
 from .shrink import shrink_
 
-SMALL = 256
-"""Rows under which a call is bound by launches, and cuBLAS's few are the fastest."""
+SMALL = 2048
+"""Rows under which a call is bound by its launches: cuBLAS's are the quickest, and a second stream only costs more."""
 
 THIN = 64, 32
 """Ranks up to which our shrink and outer beat cuBLAS (measured at 16, 64, 128); under dropout they always run."""
@@ -68,7 +69,8 @@ def forward(
     """[y_i = x W_i^T + b_i + h_i B_i^T ..., h = scales * inv_keep * dropout(x) A^T]; A (R, K), B_i (N_i, R_i)."""
     rank = A.shape[0]
     h = _thin(x, rank)
-    _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
+    if rank:  # none where the product of the frozen weights is all
+        _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
     ys = []
     for i, (b, columns) in enumerate(zip(B, segments(B), strict=True)):
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
@@ -99,19 +101,23 @@ def backward(
     dA = torch.empty(A.shape, device=x.device, dtype=torch.float32)
     dBs = [torch.empty(b.shape, device=x.device, dtype=torch.float32) for b in B]
     dx = torch.empty_like(x) if needs_dx else None
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
-    ready = main.record_event()
+    main = torch.cuda.current_stream(x.device)
+    side = main if x.shape[0] < SMALL else _side_stream(x.device)
+    ready = main.record_event() if side is not main else None
     if dx is not None:
         _dx_(dx, dys, weights, g, A, seed, threshold)
-    side.wait_event(ready)
-    # Under the large products: their last wave of tiles leaves a quarter of the card idle.
-    with torch.cuda.stream(side):
-        if factor is not None and dA.numel():
+    # Under the large products, whose last wave of tiles leaves a quarter of the card idle; what is made again here
+    # stays with this stream, so that its memory is not given away before it is read.
+    with torch.cuda.stream(side) if ready is not None else contextlib.nullcontext():
+        if ready is not None:
+            side.wait_event(ready)
+        if factor is not None:
             x = product(x, factor, silu)
         _outer_(dA, g, x, seed, threshold)
         for dy, dB, part in zip(dys, dBs, columns, strict=True):
             _outer_(dB, dy, h[:, part])
-    main.wait_stream(side)
+    if ready is not None:
+        main.wait_stream(side)
     return [dA, *dBs] + ([dx] if dx is not None else [])
 
 
@@ -124,10 +130,7 @@ def _dx_(
     4096 x 4096, and 4 % faster at 14336 x 4096.
     """
     first = max(range(len(dys)), key=lambda i: weights.shape(i)[0])
-    if not A.shape[0]:
-        torch.mm(dys[first], weights[first], out=dx)
-        done = first
-    elif seed is not None:
+    if seed is not None:
         expand_(dx, g, A, seed, threshold)
         done = -1
     else:
@@ -147,8 +150,6 @@ def _shrink_(
     out: Tensor, x: Tensor, w: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
 ) -> None:
     """out = scales * inv_keep * dropout(x) w^T; cuBLAS for few rows and for many ranks."""
-    if not w.shape[0]:
-        return
     if seed is None and (x.shape[0] < SMALL or w.shape[0] > THIN[0]):
         torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
     else:
@@ -157,8 +158,6 @@ def _shrink_(
 
 def _outer_(out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0) -> None:
     """out = p^T dropout(x) in fp32, one of the two thin; the mask is for x."""
-    if not out.numel():
-        return
     if seed is None and p.shape[0] and (p.shape[0] < SMALL or min(out.shape) > THIN[1]):
         torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
     elif p.shape[1] <= x.shape[1] or seed is not None:

@@ -72,7 +72,12 @@ class Adapters(nn.Module):
         self.active: tuple[str, ...] = ()
         self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
         self.undo: Any = None  # what the unmerge needs; None when not merged
-        self.resting: type[nn.Module] = self.original  # the host's class while no adapter acts
+        self.resting_layer: type[LoraLayer] | None = None  # what the host is while no adapter acts; None: itself
+
+    @property
+    def resting(self) -> type[nn.Module]:
+        """The host's class while no adapter acts. Not an attribute: a class made at run time cannot be pickled."""
+        return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -160,7 +165,7 @@ def refresh(host: nn.Module) -> None:
     adapters = adapters_of(host)
     assert adapters is not None
     if adapters.undo is not None:
-        take_class(host, getattr(adapters.undo, "merged_class", None) or adapters.original)
+        take_class(host, getattr(adapters.undo, "merged_class", None) or adapters.resting)
     else:
         take_class(host, acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting)
 

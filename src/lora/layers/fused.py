@@ -161,7 +161,7 @@ def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
         dropout=all_terms[0][0].dropout if hosts[0].training else 0.0,
         formats=";".join(text for _, text in stored) if all_adapters[0].quantised else "",
     )
-    return ys if dtype == x.dtype else [y.to(x.dtype) for y in ys]
+    return [as_dtype(y, adapters.frozen.output_dtype(x)) for y, adapters in zip(ys, all_adapters, strict=True)]
 
 
 def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from ..init import init_
 from ..ops import lora_linear, summed_bias
 from ..weights import FrozenWeight, weight_of
 from . import fused
-from .base import Adapters, LoraLayer, acting_class
+from .base import Adapters, LoraLayer
 from .quantised import FrozenLinear
 
 
@@ -89,5 +89,5 @@ class LinearAdapters(Adapters):
         self.frozen = weight
         self.quantised = weight.quantisation is not None
         if self.quantised:
-            self.resting = acting_class(FrozenLinear, self.original)
+            self.resting_layer = FrozenLinear
         self.group: Any = None  # the hosts that are fed the same tensor, where there are any

@@ -37,7 +37,7 @@ def by_bitsandbytes(host: nn.Module, weight: FrozenWeight, x: Tensor) -> bool:
 
 
 def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
-    """W0 x + bias, (..., out) in x's dtype."""
+    """W0 x + bias, (..., out), in the dtype that the module's own forward gives."""
     if by_bitsandbytes(host, weight, x):
         y: Tensor = original_class(host).forward(host, x)
         return y
@@ -47,7 +47,7 @@ def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
     (y,) = fused_linear(
         x.to(dtype), tensors, None if bias is None else [bias.to(dtype)], [[]], [[]], [[]], formats=text
     )
-    return y.to(x.dtype)
+    return y.to(weight.output_dtype(x))
 
 
 def settle(root: nn.Module, carries: bool) -> None:
@@ -55,9 +55,15 @@ def settle(root: nn.Module, carries: bool) -> None:
     for _, module in base_modules(root):
         if adapters_of(module) is None and is_quantised(module):
             original: Any = original_class(module)
+            own = next(c for c in original.__mro__ if c.__module__.startswith("bitsandbytes."))
+            if original.forward is not own.forward:
+                continue  # what it computes is not known
             take_class(module, acting_class(FrozenLinear, original) if carries else original)
 
 
 def is_quantised(module: nn.Module) -> bool:
     weight = weight_of(module)
-    return weight is not None and weight.quantisation is not None
+    if weight is None or weight.quantisation is None:
+        return False
+    state: Any = getattr(module, "state", None)  # Linear8bitLt's
+    return not getattr(state, "has_fp16_weights", False)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from .base import Adapters, LoraLayer
+from .quantised import FrozenLinear, is_quantised
 
 
 class Whole(nn.Module):
@@ -37,3 +38,8 @@ class WholeAdapters(Adapters):
 
     layer = WholeLayer
     terms: tuple[Whole, ...]
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        if is_quantised(host):  # an adapter trains its bias
+            self.resting_layer = FrozenLinear

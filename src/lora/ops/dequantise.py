@@ -106,6 +106,11 @@ def dequantise(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tens
     return weight
 
 
+def dequantised(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    """`dequantise` for code that is within an operator already: without the operator's own dispatch."""
+    return (_cuda if parts[0].is_cuda else _reference)(list(parts), format, dtype)
+
+
 def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
     """`dequantise(parts, format, dtype)[row, column]`, a tensor without dimensions, at the price of a few reads."""
     form = Format.parse(format)
@@ -130,10 +135,12 @@ def _bytes(packed: Tensor) -> Tensor:
 def _checked(parts: Sequence[Tensor], format: str) -> Format:
     """The format, once the parts are known to be of it."""
     form = Format.parse(format)
-    held = [(t.numel() if dtype else t.numel() * t.itemsize, t.dtype if dtype else None)
-            for t, (_, dtype) in zip(parts, form.layout, strict=False)]  # fmt: skip
+    fits = len(parts) == form.tensors and all(
+        t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
+        for t, (size, dtype) in zip(parts, form.layout, strict=True)
+    )
     torch._check(
-        len(parts) == form.tensors and held == form.layout,
+        fits,
         lambda: (
             f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
             f"(None: bytes): {form.layout}; take them from the weight and its quantisation state"
@@ -184,8 +191,8 @@ def _cuda(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
     with torch.cuda.device_of(out):
         if form.kind == "int8":
             return dequantise_int8_(out, parts[0].contiguous(), parts[1].contiguous())
-        packed = _bytes(parts[0])
-        return dequantise_4bit_(out, [packed, *(t.contiguous() for t in parts[1:])], form.block, form.nested)
+        flat = [_bytes(parts[0]), *(t.contiguous() for t in parts[1:])]
+        return dequantise_4bit_(out, flat, form.block, form.nested)
 
 
 def _fake(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:

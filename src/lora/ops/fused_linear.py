@@ -8,20 +8,20 @@
     dA = g^T (mask * x),  dB_i = dy_i^T h_i,  dx = sum of dy_i W_i + mask * (g A)
 
 Saved for the backward pass: h, and x where `recompute.recipe` cannot make it again. The mask comes again from the seed,
-and a quantised weight is dequantised again: `Matrices` makes one of them dense at a time. The functions here are the
-plain-torch form, which is the CPU path and the oracle; `kernels/linear.py` is the CUDA path.
+and a quantised weight is dequantised again. `fused_forms.py` computes: in plain torch, the CPU path and the oracle, or
+with `kernels/linear.py` on CUDA.
 """
 
-import functools
-import importlib.util
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .dequantise import Format, dequantise
-from .philox import draw_seed, inverse_keep, keep_mask, threshold
+from .fused_forms import Matrices, cuda, cuda_backward, frozen_backward, gradient_dtype, reference, reference_backward
+from .philox import draw_seed
 from .recompute import Factors, recipe
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
@@ -35,36 +35,10 @@ LIBRARY.define(
     " Tensor A_cast, Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed, bool needs_dx) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-class Matrices:
-    """The weights W_i of one call, by target; a quantised one is dense only while the caller holds it.
-
-    Args:
-        tensors: what stores them, one after the other; formats: their `dequantise.Format`s, joined by ";", or "" where
-            each is a plain matrix; dtype: of the matrices.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], formats: str, dtype: torch.dtype) -> None:
-        self.tensors, self.dtype = tensors, dtype
-        self.formats = formats.split(";") if formats else []
-
-    def __len__(self) -> int:
-        return len(self.formats) or len(self.tensors)
-
-    def shape(self, target: int) -> tuple[int, int]:
-        """(out, in)"""
-        if self.formats:
-            return Format.parse(self.formats[target]).shape
-        out_features, in_features = self.tensors[target].shape
-        return out_features, in_features
-
-    def __getitem__(self, target: int) -> Tensor:
-        if not self.formats:
-            return self.tensors[target]
-        sizes = [Format.parse(f).tensors for f in self.formats[: target + 1]]
-        end = sum(sizes)
-        return dequantise(self.tensors[end - sizes[-1] : end], self.formats[target], self.dtype)
+LIBRARY.define(
+    "frozen_linear_backward(Tensor[] dys, Tensor[] weights, str formats) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 class Copies(NamedTuple):
@@ -139,115 +113,59 @@ def fused_linear(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    outputs = torch.ops.lora.fused_linear(
-        rows, list(weights), formats, list(biases or []), flat_A, flat_B, copies.A, copies.B, copies.scales, dropout,
-        seed,
-    )  # fmt: skip
+    weights, biases = list(weights), list(biases or [])
+    if _plain(x):
+        leaves = (*weights, *biases, *flat_A, *flat_B)
+        sizes = [len(weights), len(biases), len(flat_A), len(flat_B)]
+        outputs = _FusedLinear.apply((formats, copies.A, copies.B, copies.scales, dropout, seed), sizes, rows, *leaves)
+    else:
+        outputs = torch.ops.lora.fused_linear(
+            rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
+        )
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(B)]]
 
 
-# The operator on the CPU, and wherever else nothing faster is registered.
+class _FusedLinear(torch.autograd.Function):
+    """The operator without its dispatch, which costs 0.2 ms of Python a call: for eager calls on plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], sizes: list[int], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        formats, A_cast, B_cast, scales, dropout, seed = call
+        weights, biases, A, B = _parts(list(leaves), sizes)
+        form = cuda if x.is_cuda else reference
+        outputs = form(x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed)
+        _save(ctx, (x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed), outputs[-1])
+        ctx.sizes = sizes
+        return tuple(outputs[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_x, *needs = ctx.needs_input_grad[2:]
+        needs_w, needs_b, _, _ = _parts(needs, ctx.sizes)
+        form = cuda_backward if ctx.on_cuda else reference_backward
+        dx, *grads = _gradients(ctx, list(dys), form, frozen_backward, needs_x, needs_w, needs_b)
+        return None, None, dx, *(g for group in grads for g in group)
 
 
-def _columns(B: list[Tensor]) -> list[int]:
-    return [b.shape[1] for b in B]
+T = TypeVar("T")
+Grads = list[Tensor | None]
 
 
-def _masked(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], dropout)
+def _parts(items: Sequence[T], sizes: list[int]) -> list[list[T]]:
+    """Consecutive pieces of these sizes."""
+    ends = list(itertools.accumulate(sizes, initial=0))
+    return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
 
 
-def _gradient_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _scale(scales: Tensor, dropout: float, seed: Tensor | None, like: Tensor) -> Tensor:
-    return (scales * (1.0 if seed is None else inverse_keep(dropout))).to(_gradient_dtype(like))
-
-
-def _reference(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    matrices = Matrices(weights, formats, x.dtype)
-    rank = A_cast.shape[0]
-    h = x.new_zeros(x.shape[0], -(-rank // 8) * 8)
-    h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
-    ys = []
-    for i, (b, part) in enumerate(zip(B_cast, h[:, :rank].split(_columns(B_cast), 1), strict=True)):
-        y = torch.nn.functional.linear(x, matrices[i], biases[i] if biases else None)
-        ys.append(y.addmm_(part, b.t()))
-    return [*ys, h]
-
-
-def _reference_backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    if factor is not None:
-        x = Factors(x, factor, silu).product()
-    matrices = Matrices(weights, formats, x.dtype)
-    rank, dtype = A_cast.shape[0], _gradient_dtype(x)
-    g = torch.cat([dy @ b for dy, b in zip(dys, B_cast, strict=True)], 1)
-    g = (g * _scale(scales, dropout, seed, x)).to(x.dtype)
-    dA = (g.t() @ _masked(x, dropout, seed)).to(dtype)
-    parts = h[:, :rank].split(_columns(B_cast), 1)
-    dBs = [(dy.t() @ part).to(dtype) for dy, part in zip(dys, parts, strict=True)]
-    if not needs_dx:
-        return [dA, *dBs]
-    dx = _masked(g @ A_cast, dropout, seed)
-    for i, dy in enumerate(dys):
-        dx = dx.addmm_(dy, matrices[i])
-    return [dA, *dBs, dx]
-
-
-# On CUDA.
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:
-    return (1.0, None, 0) if seed is None else (inverse_keep(dropout), seed, threshold(dropout))
-
-
-def _rows(t: Tensor) -> Tensor:
-    """As the kernels read it: unit column stride, rows apart by at least their length."""
-    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
-
-
-def _cuda(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    if x.element_size() != 2 or not _has_triton():
-        return _reference(x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed)
-    from ..kernels import linear
-
-    with torch.cuda.device_of(x):
-        return linear.forward(
-            _rows(x), Matrices(weights, formats, x.dtype), biases, A_cast, B_cast, scales,
-            *_dropout_numbers(dropout, seed),
-        )  # fmt: skip
-
-
-def _cuda_backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    if x.element_size() != 2 or not _has_triton():
-        return _reference_backward(
-            dys, x, factor, silu, h, weights, formats, A_cast, B_cast, scales, dropout, seed, needs_dx
-        )
-    from ..kernels import linear
-
-    with torch.cuda.device_of(x):
-        return linear.backward(
-            [_rows(dy) for dy in dys], _rows(x), factor, silu, h, Matrices(weights, formats, x.dtype), A_cast, B_cast,
-            scales, *_dropout_numbers(dropout, seed), needs_dx,
-        )  # fmt: skip
+def _plain(x: Tensor) -> bool:
+    """Whether nobody traces, transforms or watches this call."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
 
 
 # Shapes, and gradients.
@@ -265,54 +183,81 @@ def _fake_backward(
     dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
     A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    dtype = _gradient_dtype(x)
+    dtype = gradient_dtype(x)
     grads = [t.new_empty(t.shape, dtype=dtype) for t in (A_cast, *B_cast)]
     return [*grads, x.new_empty(x.shape)] if needs_dx else grads
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed = inputs
-    h = output[-1]
-    ctx.mark_non_differentiable(h)
+def _fake_frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> Tensor:
+    return dys[0].new_empty(dys[0].shape[0], Matrices(weights, formats, dys[0].dtype).shape(0)[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
+    x, weights, formats, _, A, B, A_cast, B_cast, scales, dropout, seed = inputs
     ctx.set_materialize_grads(False)
-    ctx.recipe = recipe(x)
-    ctx.save_for_backward(x if ctx.recipe is None else None, h, A_cast, scales, seed, *weights, *B_cast)
-    ctx.dropout, ctx.tensors, ctx.formats, ctx.has_bias = dropout, len(weights), formats, bool(biases)
+    ctx.on_cuda = x.is_cuda
+    ctx.needs_x = bool(A) or any(w.requires_grad for w in weights)  # a frozen product alone saves no input
+    ctx.recipe = recipe(x) if ctx.needs_x else None
+    kept = x if ctx.needs_x and ctx.recipe is None else None
+    ctx.save_for_backward(kept, h, A_cast, scales, seed, *weights, *B_cast)
+    ctx.dropout, ctx.tensors, ctx.targets, ctx.formats = dropout, len(weights), len(B_cast), formats
     ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grads: list[Tensor | None], form: Callable[..., list[Tensor]], frozen: Callable[..., Tensor],
+    needs_x: bool, needs_w: Sequence[bool], needs_b: Sequence[bool],
+) -> tuple[Tensor | None, Grads, Grads, Grads, Grads]:  # fmt: skip
+    """(dx, and the gradients of the weights, biases, A and B)"""
     x, h, A_cast, scales, seed, *rest = ctx.saved_tensors
     weights, B_cast = rest[: ctx.tensors], rest[ctx.tensors :]
+    dys = [h.new_zeros(h.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(grads, B_cast, strict=False)]
+    grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
+    if not ctx.needs_x:
+        dx = frozen(dys, weights, ctx.formats) if needs_x else None
+        return dx, [None] * len(weights), grad_b, [], []
     x, factor, silu = (x, None, False) if ctx.recipe is None else ctx.recipe.factors()
-    dys = [x.new_zeros(x.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(grads, B_cast, strict=False)]
-    needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
-    dA, *dBs = torch.ops.lora.fused_linear_backward(
-        dys, x, factor, silu, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
-    )
+    dA, *dBs = form(dys, x, factor, silu, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x)
     dx = dBs.pop() if needs_x else None
     shapes = ctx.masters[: len(ctx.masters) // 2]
     ranks = [shape[0] for shape, _ in shapes]
-    grad_A = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes, strict=True)]
-    grad_B, adapters = [], iter(ctx.masters[len(shapes) :])
+    grad_A: Grads = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes, strict=True)] if shapes else []
+    grad_B: Grads = []
+    adapters = iter(ctx.masters[len(shapes) :])
     for dB in dBs:
         start = 0
         while start < dB.shape[1]:
             shape, dtype = next(adapters)
             grad_B.append(dB[:, start : start + shape[1]].to(dtype))
             start += shape[1]
-    # A quantised weight is no leaf that could train, and its tensors are not one to a target.
     if factor is not None and any(needs_w):
         x = Factors(x, factor, silu).product()
-    grad_w = [dys[i].t() @ x if needs else None for i, needs in enumerate(needs_w)]
-    grad_b = [dy.sum(0) if needs else None for dy, needs in zip(dys, needs_b, strict=True)] if ctx.has_bias else []
-    return dx, grad_w, None, grad_b, grad_A, grad_B, None, [None] * len(B_cast), None, None, None
+    # A quantised weight is no leaf that could train, and its tensors are not one to a target.
+    grad_w: Grads = [dys[i].t() @ x if needs else None for i, needs in enumerate(needs_w)]
+    return dx, grad_w, grad_b, grad_A, grad_B
 
 
-LIBRARY.impl("fused_linear", _reference, "CPU")
-LIBRARY.impl("fused_linear_backward", _reference_backward, "CPU")
-LIBRARY.impl("fused_linear", _cuda, "CUDA")
-LIBRARY.impl("fused_linear_backward", _cuda_backward, "CUDA")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(output[-1])
+    _save(ctx, inputs, output[-1])
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
+    dx, grad_w, grad_b, grad_A, grad_B = _gradients(
+        ctx, grads[:-1], torch.ops.lora.fused_linear_backward, torch.ops.lora.frozen_linear_backward, needs_x, needs_w,
+        needs_b,
+    )  # fmt: skip
+    return dx, grad_w, None, grad_b, grad_A, grad_B, None, [None] * ctx.targets, None, None, None
+
+
+LIBRARY.impl("fused_linear", reference, "CPU")
+LIBRARY.impl("fused_linear_backward", reference_backward, "CPU")
+LIBRARY.impl("fused_linear", cuda, "CUDA")
+LIBRARY.impl("fused_linear_backward", cuda_backward, "CUDA")
+LIBRARY.impl("frozen_linear_backward", frozen_backward, "CPU")
+LIBRARY.impl("frozen_linear_backward", frozen_backward, "CUDA")
+torch.library.register_fake("lora::frozen_linear_backward", _fake_frozen_backward, lib=LIBRARY)
 torch.library.register_fake("lora::fused_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("lora::fused_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("lora::fused_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

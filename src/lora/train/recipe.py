@@ -64,8 +64,19 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Type of the frozen weights; auto is fp32 on a CPU and bf16 on a GPU."
     )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="Load the base quantised by bitsandbytes; one that is stored so is taken as it is."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds the adapter, the row order and the dropout.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower steps.")
+    offload: bool = Field(
+        False, description="Keep the checkpoints in pinned host memory (with gradient_checkpointing, on a GPU)."
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw"] = Field(
+        "adamw",
+        description="AdamW by torch, or by bitsandbytes with its states in 8 bits or paged to host memory when tight.",
+    )
+    liger: bool = Field(False, description="Run Liger's kernels in the model (on a GPU).")
     log_every: int = Field(10, ge=1, description="Steps between two reports of the loss.")
 
     @model_validator(mode="after")
@@ -79,6 +90,8 @@ class Recipe(BaseModel):
             mistakes.append(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
             )
+        if self.offload and not self.gradient_checkpointing:
+            mistakes.append("offload moves checkpoints, and there are none: set gradient_checkpointing as well")
         if mistakes:
             raise ValueError("\n  - ".join(mistakes))
         return self

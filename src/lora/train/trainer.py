@@ -18,8 +18,12 @@ import lora
 
 from ..errors import LoraError
 from ..files import replaced
-from .base import load_base, load_tokenizer, max_positions, pick_dtype
+from ..fingerprint import quantisation
+from ..layers.base import base_modules
+from ..weights import weight_of
+from .base import check_quantisation, load_base, load_tokenizer, max_positions, pick_dtype
 from .encode import IGNORED, Encoded, EncodedData, encode_rows
+from .needs import OPTIMIZERS, check_liger, check_needs
 from .progress import RunProgress
 from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
@@ -94,6 +98,8 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
         NonFiniteError: the loss or its gradient became NaN or infinite; the message says at which step.
     """
     out = _check_out(Path(recipe.out), force)
+    check_needs(recipe)
+    check_quantisation(recipe.model, recipe.quantize)
     console = console or Console(quiet=True)
     transformers.set_seed(recipe.seed)
     template = PromptTemplate(load_tokenizer(recipe.model))
@@ -155,13 +161,8 @@ def _steps(recipe: Recipe, rows: int) -> int:
 
 
 def _adapted(recipe: Recipe) -> Any:
-    model = load_base(recipe.model, pick_dtype(recipe.dtype))
-    if recipe.gradient_checkpointing:
-        # Not through TrainingArguments, where the option has another name in older transformers 5; so has the method.
-        # The reentrant kind would need an input with a gradient.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    return lora.inject(
+    model = load_base(recipe.model, pick_dtype(recipe.dtype), recipe.quantize)
+    lora.inject(
         model,
         r=recipe.r,
         alpha=recipe.alpha,
@@ -171,6 +172,11 @@ def _adapted(recipe: Recipe) -> Any:
         rslora=recipe.rslora,
         train=recipe.train,
     )
+    if recipe.liger:
+        check_liger(model)
+    if recipe.offload and not getattr(model, "is_quantized", False):
+        model.to("cuda")  # where Trainer would take it; prepare wants to see the GPU
+    return lora.prepare(model, checkpointing="offload" if recipe.offload else recipe.gradient_checkpointing)
 
 
 def _train(
@@ -213,11 +219,13 @@ def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArgument
         gradient_accumulation_steps=recipe.grad_accum,
         num_train_epochs=recipe.epochs or 1,
         max_steps=recipe.max_steps or -1,
+        optim=OPTIMIZERS[recipe.optimizer],
         learning_rate=recipe.lr,
         lr_scheduler_type=_SCHEDULES[recipe.schedule],
         warmup_steps=0.03 if recipe.warmup_steps is None else recipe.warmup_steps,  # below 1 it is a share
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
+        use_liger_kernel=recipe.liger,
         seed=recipe.seed,
         train_sampling_strategy="group_by_length",
         eval_strategy="epoch" if evaluate else "no",
@@ -263,6 +271,7 @@ def _save(
         "rows": len(data.rows),
         "rows_too_long": data.dropped,
         "max_length": data.max_length,
+        "quantisation": quantisation({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
         "stopped": stopped,
         "metrics": metrics,
         "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},

@@ -1,0 +1,157 @@
+# mypy: disable-error-code="no-untyped-call"
+# Some of torch's functions carry no types.
+"""lora_linear for several linears of one input, forward and backward: the plain-torch form, and the choice on CUDA.
+
+The plain-torch form is the CPU path and the oracle; `fused_linear.py` has the formulas and the autograd around it.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dequantise import Format, dequantised
+from .philox import inverse_keep, keep_mask, threshold
+from .recompute import Factors
+
+
+class Matrices:
+    """The weights W_i of one call, by target; a quantised one is dense only while the caller holds it.
+
+    Args:
+        tensors: what stores them, one after the other; formats: their `dequantise.Format`s, joined by ";", or "" where
+            each is a plain matrix; dtype: of the matrices.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], formats: str, dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = tensors, dtype
+        self.formats = formats.split(";") if formats else []
+
+    def __len__(self) -> int:
+        return len(self.formats) or len(self.tensors)
+
+    def shape(self, target: int) -> tuple[int, int]:
+        """(out, in)"""
+        if self.formats:
+            return Format.parse(self.formats[target]).shape
+        out_features, in_features = self.tensors[target].shape
+        return out_features, in_features
+
+    def __getitem__(self, target: int) -> Tensor:
+        if not self.formats:
+            return self.tensors[target]
+        sizes = [Format.parse(f).tensors for f in self.formats[: target + 1]]
+        end = sum(sizes)
+        return dequantised(self.tensors[end - sizes[-1] : end], self.formats[target], self.dtype)
+
+
+def _columns(B: list[Tensor]) -> list[int]:
+    return [b.shape[1] for b in B]
+
+
+def _masked(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], dropout)
+
+
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _scale(scales: Tensor, dropout: float, seed: Tensor | None, like: Tensor) -> Tensor:
+    return (scales * (1.0 if seed is None else inverse_keep(dropout))).to(gradient_dtype(like))
+
+
+def reference(
+    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    matrices = Matrices(weights, formats, x.dtype)
+    rank = A_cast.shape[0]
+    h = x.new_zeros(x.shape[0], -(-rank // 8) * 8)
+    h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
+    ys = []
+    for i, (b, part) in enumerate(zip(B_cast, h[:, :rank].split(_columns(B_cast), 1), strict=True)):
+        y = torch.nn.functional.linear(x, matrices[i], biases[i] if biases else None)
+        ys.append(y.addmm_(part, b.t()))
+    return [*ys, h]
+
+
+def reference_backward(
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    if factor is not None:
+        x = Factors(x, factor, silu).product()
+    matrices = Matrices(weights, formats, x.dtype)
+    rank, dtype = A_cast.shape[0], gradient_dtype(x)
+    g = torch.cat([dy @ b for dy, b in zip(dys, B_cast, strict=True)], 1)
+    g = (g * _scale(scales, dropout, seed, x)).to(x.dtype)
+    dA = (g.t() @ _masked(x, dropout, seed)).to(dtype)
+    parts = h[:, :rank].split(_columns(B_cast), 1)
+    dBs = [(dy.t() @ part).to(dtype) for dy, part in zip(dys, parts, strict=True)]
+    if not needs_dx:
+        return [dA, *dBs]
+    dx = _masked(g @ A_cast, dropout, seed)
+    for i, dy in enumerate(dys):
+        dx = dx.addmm_(dy, matrices[i])
+    return [dA, *dBs, dx]
+
+
+def frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> Tensor:
+    """dx = sum of dy_i W_i, where nothing trains: on every device."""
+    matrices = Matrices(weights, formats, dys[0].dtype)
+    dx = dys[0] @ matrices[0]
+    for i in range(1, len(dys)):
+        dx = dx.addmm_(dys[i], matrices[i])
+    return dx
+
+
+# On CUDA.
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:
+    return (1.0, None, 0) if seed is None else (inverse_keep(dropout), seed, threshold(dropout))
+
+
+def _rows(t: Tensor) -> Tensor:
+    """As the kernels read it: unit column stride, rows apart by at least their length."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def cuda(
+    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    if x.element_size() != 2 or not _has_triton():
+        return reference(x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed)
+    from ..kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.forward(
+            _rows(x), Matrices(weights, formats, x.dtype), biases, A_cast, B_cast, scales,
+            *_dropout_numbers(dropout, seed),
+        )  # fmt: skip
+
+
+def cuda_backward(
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    if x.element_size() != 2 or not _has_triton():
+        return reference_backward(
+            dys, x, factor, silu, h, weights, formats, A_cast, B_cast, scales, dropout, seed, needs_dx
+        )
+    from ..kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.backward(
+            [_rows(dy) for dy in dys], _rows(x), factor, silu, h, Matrices(weights, formats, x.dtype), A_cast, B_cast,
+            scales, *_dropout_numbers(dropout, seed), needs_dx,
+        )  # fmt: skip
