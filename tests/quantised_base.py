@@ -58,7 +58,7 @@ def values(module: Any) -> Tensor:
     """What a quantised linear's weight stands for, (out, in) fp32, by bitsandbytes' own words."""
     if isinstance(module, bnb.nn.Linear8bitLt):
         scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        return module.weight.data.float() * (scales / 127)[:, None]
+        return module.weight.data.float() * (scales * (1 / 127))[:, None]
     state = copy.copy(module.weight.quant_state)
     state.dtype = torch.float32
     dense: Tensor = bnb.functional.dequantize_4bit(module.weight.data, state)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,7 @@ from lora.commands.console import clean_warnings
 from lora.commands.merge import new_folder
 from lora.train.base import load_base
 from lora.train.generation import generate as answers_of
-from tiny_base import load_example_tokenizer, save_tiny_base
+from tiny_base import ROOT, load_example_tokenizer, save_tiny_base
 
 Lora = Callable[..., tuple[int, str, str]]
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 9)]
@@ -535,3 +536,30 @@ def test_a_note_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with clean_warnings():
         warnings.warn("/runs/[bold]/a: [/] careful", lora.LoraWarning, stacklevel=1)
     assert capsys.readouterr().err == "note: /runs/[bold]/a: [/] careful\n"
+
+
+def test_what_the_readme_types_on_a_quantised_base(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its python block and its commands; without a GPU nothing is offloaded."""
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Quantised bases\n")[2].partition("\n## ")[0]
+    [code] = re.findall(r"```python\n(.*?)```", section, re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert "over " in str(lora.summary(names["model"]))
+    assert "prepared: checkpointing" in str(lora.summary(names["model"]))
+
+    commands = [shlex.split(line) for line in re.findall(r"^(lora .*)$", section, re.M)]
+    assert [command[1] for command in commands] == ["train", "generate", "merge"]
+    short = {
+        "train": ["--max-steps", 2, "--warmup-steps", 1, "--batch-size", 2],
+        "generate": ["--max-new-tokens", 2],
+        "merge": [],
+    }
+    for command in commands:
+        typed = [word for word in command[1:] if word != "--offload" or torch.cuda.is_available()]
+        code, _, err = cli(*typed, *short[command[1]])
+        assert code == 0, err
+    assert (tmp_path / "out/merged-nf4/model.safetensors").is_file()

@@ -88,4 +88,4 @@ def test_twenty_adapters_load_in_the_time_of_the_first_each(tmp_path) -> None:
         start = time.perf_counter()
         lora.load(net, tmp_path, name=f"n{i}")
         seconds.append(time.perf_counter() - start)
-    assert sorted(seconds[-5:])[2] < 2.5 * sorted(seconds[1:6])[2]
+    assert min(seconds[-5:]) < 2.5 * min(seconds[1:6])  # the quickest of five: others use this machine too

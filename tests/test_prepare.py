@@ -100,7 +100,9 @@ def test_norms_in_float32_leave_the_layers_in_their_dtype(kind: str | None, dtyp
     assert lora.summary(model).prepared == "norms in float32"
     again = snapshot(lora.prepare(model, checkpointing=False, norms_fp32=True))
     assert same_bits(snapshot(model), again) and len(model.model.norm._forward_hooks) == 1
-    assert torch.equal(pickle.loads(pickle.dumps(model.model.norm))(x := torch.ones(2, 64, dtype=dtype)), torch.ones_like(x))
+    assert torch.equal(
+        pickle.loads(pickle.dumps(model.model.norm))(x := torch.ones(2, 64, dtype=dtype)), torch.ones_like(x)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -20,7 +19,6 @@ from quantised_base import (
     bnb,
     distance,
     gradients,
-    linear,
     llama,
     net,
     values,
@@ -90,6 +88,19 @@ def test_int8_in_eval_mode_without_gradients_is_bitsandbytes_own_product() -> No
     with torch.no_grad():
         base = bnb.nn.Linear8bitLt.forward(small.eval()[0], x := inputs(torch.float32))
         assert torch.equal(small[0](x), base.addmm(x @ part.A.t(), part.B.t(), alpha=part.scaling))
+
+
+def test_int8_in_eval_mode_has_the_trained_bias_and_leaves_the_bases_in_its_dtype() -> None:
+    model = net("int8", torch.float32)[:1].eval()
+    x = inputs()
+    with torch.no_grad():
+        out, base = copy.deepcopy(model)(x), snapshot(model)  # bitsandbytes casts the bias to x's dtype in place
+        lora.inject(model, r=4, targets=["0"], bias="lora_only")
+        assert torch.equal(model(x), out)
+        adapters_of(model[0])["default"].bias.add_(1)
+        assert torch.allclose(model(x), out + 1, atol=0.02)
+    lora.remove(model)
+    assert same_bits(snapshot(model), base)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -209,9 +220,9 @@ def pair(kind: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 def by_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     head = "base_model.model."
     return {
-        n.removeprefix(head).replace(".lora_A.default.weight", ".lora.default.A").replace(
-            ".lora_B.default.weight", ".lora.default.B"
-        ): t
+        n.removeprefix(head)
+        .replace(".lora_A.default.weight", ".lora.default.A")
+        .replace(".lora_B.default.weight", ".lora.default.B"): t
         for n, t in theirs.items()
     }
 
@@ -295,91 +306,6 @@ def test_transformers_trainer_trains_the_adapter_alone(kind: str, tmp_path) -> N
 
 def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-class Odd(bnb.nn.Linear4bit):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
-
-
-@pytest.mark.parametrize("make", [lambda: Odd(64, 64), lambda: bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)])
-def test_a_quantised_linear_that_is_no_frozen_product_is_left_alone(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(make(), nn.Linear(64, 64)).to("cpu").train()
-    before, x = type(model[0]), inputs(torch.float32)
-    out = model(x)
-    lora.inject(model, r=4, targets=["1"])
-    assert type(model[0]) is before
-    assert torch.equal(model(x), out)
-
-
-def foreign(package: str) -> nn.Module:
-    """A module as another quantiser makes it: its own class, or a plain linear whose weight is a subclass."""
-    if package.startswith("torchao"):
-        module = nn.Linear(64, 64)
-        kind = type("AffineQuantizedTensor", (nn.Parameter,), {"__module__": package})
-        module._parameters["weight"] = torch.Tensor._make_subclass(kind, torch.zeros(64, 64))
-        return module
-    made: nn.Module = type("QuantLinear", (nn.Module,), {"__module__": package})()
-    return made
-
-
-FOREIGN = {
-    "gptqmodel.nn_modules.qlinear": "GPTQ",
-    "awq.modules.linear": "AWQ",
-    "hqq.core.quantize": "HQQ",
-    "torchao.dtypes.affine_quantized_tensor": "torchao",
-}
-
-
-@pytest.mark.parametrize("package", list(FOREIGN))
-@pytest.mark.parametrize("targets", [["q_proj"], "all-linear", None, ".*_proj"], ids=str)
-def test_other_quantisers_are_refused_by_name(package: str, targets: Any) -> None:
-    model = nn.Module()
-    model.q_proj, model.v_proj, model.lm_head = foreign(package), foreign(package), nn.Linear(64, 64)
-    with pytest.raises(lora.LoraError) as caught:
-        lora.inject(model, r=4, targets=targets)
-    text = str(caught.value)
-    assert f"quantised by {FOREIGN[package]}, which is not supported" in text
-    assert "load_in_4bit=True" in text and "16 bits" in text
-    if targets == ["q_proj"]:
-        assert "Linear4bit and Linear8bitLt" in text
-
-
-def meta(kind: str) -> nn.Module:
-    with torch.device("meta"):
-        return nn.Sequential(linear(kind, 64, 64))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: nn.Sequential(linear("nf4", 64, 64)), r"Linear4bit is not quantised yet.*model.to\(device\)"),
-        (lambda: nn.Sequential(linear("int8", 64, 64)), r"float32 and not quantised yet.*model.to\(device\)"),
-        (lambda: meta("nf4"), r"not quantised yet.*model.to\(device\)"),
-        (lambda: meta("int8"), r"not quantised yet.*model.to\(device\)"),
-        (
-            lambda: nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)).to("cpu"),
-            "has_fp16_weights=True.*not supported.*has_fp16_weights=False",
-        ),
-        (lambda: nn.Sequential(Odd(64, 64)).to("cpu"), "a forward of its own"),
-    ],
-    ids=["4 bit", "int8", "4 bit on meta", "int8 on meta", "fp16 weights", "own forward"],
-)
-def test_what_is_not_quantised_is_refused(make: Callable[[], nn.Module], message: str) -> None:
-    model = make()
-    before = classes(model)
-    with pytest.raises(lora.LoraError, match=message):
-        lora.inject(model, r=4, targets=["0"])
-    assert classes(model) == before
-
-
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
-def test_a_quantised_module_is_not_trained_whole(storage: torch.dtype) -> None:
-    model = llama("nf4", bnb_4bit_quant_storage=storage)
-    for entry in ("o_proj", "self_attn"):
-        with pytest.raises(lora.LoraError, match="quantised and cannot be trained whole.*llm_int8_skip_modules"):
-            lora.inject(model, r=4, targets=["down_proj"], train=[entry])
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)

@@ -64,9 +64,10 @@ def forget_quantisation(root: nn.Module, names: Iterable[str]) -> None:
 
 def model_dtype(root: nn.Module) -> torch.dtype | None:
     """The dtype of what is not quantised in a model: of its activations, as far as one can tell."""
-    for _, module in base_modules(root):
-        if not is_quantised(module):
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    return parameter.dtype
+    modules = [module for _, module in base_modules(root)]
+    for module in sorted(modules, key=is_quantised):  # of a quantised linear the bias, where there is nothing else
+        names = ["bias"] if is_quantised(module) else list(module._parameters)
+        for parameter in map(module._parameters.get, names):
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
     return None

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora.ops.fused_linear as module
+from lora import LoraError
 from lora.ops.fused_linear import fused_linear, make_copies
 from lora.ops.philox import inverse_keep, keep_mask
 
@@ -212,6 +214,30 @@ def test_a_product_is_made_again_and_not_saved(make) -> None:  # type: ignore[no
 )
 def test_what_autograd_does_not_hold_is_saved(make) -> None:  # type: ignore[no-untyped-def]
     assert through_a_product(make, keep=False)[0]
+
+
+def test_a_checkpoint_does_not_repeat_the_last_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights, _, A, B, scalings = problem(6, 12, (12,), ((3,),), bias=False)
+    real, calls = module.products, []
+    monkeypatch.setattr(module, "products", lambda *a: calls.append(1) or real(*a))
+
+    def layer(x: Tensor) -> Tensor:
+        return fused_linear(fused_linear(x, weights, None, A, B, scalings)[0].tanh(), weights, None, A, B, scalings)[0]
+
+    want = torch.autograd.grad(layer(x).sin().sum(), [x, A[0][0], B[0][0]])
+    calls.clear()
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    got = torch.autograd.grad(y.sin().sum(), [x, A[0][0], B[0][0]])
+    assert len(calls) == 3  # two forward, and the first of them again
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:
+    x, weights, _, A, B, scalings = problem(6, 12, (12,), ((3,),), bias=False)
+    (y,) = fused_linear(x, weights, None, A, B, scalings)
+    weights[0].add_(1)
+    with pytest.raises(LoraError, match="a frozen weight was changed after the forward pass"):
+        y.sum().backward()
 
 
 def test_an_unused_output_has_no_gradient() -> None:

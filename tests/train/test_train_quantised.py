@@ -1,6 +1,7 @@
 """Runs on quantised bases, and with what else bitsandbytes and Liger bring."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lora.train import needs as needs_module
 from lora.train import trainer as trainer_module
 from lora.train.base import load_base
 from lora.train.encode import encode_rows
+from lora.train.quiet import quiet
 from lora.train.template import PromptTemplate
 from lora.weights import weight_of
 from tiny_base import save_tiny_base
@@ -318,3 +320,11 @@ def test_liger_that_would_do_nothing_or_leave_an_adapter_out_is_refused(monkeypa
     known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"gemma": None}
     with pytest.raises(LoraError, match="it has no kernels for a model of type 'llama'"):
         needs_module.check_liger(lora.inject(tiny_llama(), targets="all-linear"))
+
+
+def test_bitsandbytes_remarks_are_kept_back_for_the_time_only() -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with quiet():
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    assert logger.isEnabledFor(logging.WARNING)

@@ -62,15 +62,19 @@ def segments(B: list[Tensor]) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def forward(
-    x: Tensor, weights: Matrices, biases: list[Tensor], A: Tensor, B: list[Tensor], scales: Tensor,
-    inv_keep: float, seed: Tensor | None, threshold: int,
-) -> list[Tensor]:  # fmt: skip
-    """[y_i = x W_i^T + b_i + h_i B_i^T ..., h = scales * inv_keep * dropout(x) A^T]; A (R, K), B_i (N_i, R_i)."""
+def hidden(
+    x: Tensor, A: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
+) -> Tensor:  # fmt: skip
+    """h = scales * inv_keep * dropout(x) A^T, (n, R padded to 8) from x (n, K) and A (R, K)."""
     rank = A.shape[0]
     h = _thin(x, rank)
     if rank:  # none where the product of the frozen weights is all
         _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
+    return h
+
+
+def products(x: Tensor, h: Tensor, weights: Matrices, biases: list[Tensor], B: list[Tensor]) -> list[Tensor]:
+    """y_i = x W_i^T + b_i + h_i B_i^T for B_i (N_i, R_i), h_i their columns of h."""
     ys = []
     for i, (b, columns) in enumerate(zip(B, segments(B), strict=True)):
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
@@ -82,7 +86,7 @@ def forward(
             ys.append(y.addmm_(h_i, b.t()) if b.shape[1] else y)
         else:
             ys.append((h_i @ b.t()).addmm_(x, weights[i].t()))
-    return [*ys, h]
+    return ys
 
 
 def backward(

@@ -38,11 +38,14 @@ def by_bitsandbytes(host: nn.Module, weight: FrozenWeight, x: Tensor) -> bool:
 
 def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
     """W0 x + bias, (..., out), in the dtype that the module's own forward gives."""
+    bias = host._parameters["bias"]
     if by_bitsandbytes(host, weight, x):
+        kept = None if bias is None else bias.data
         y: Tensor = original_class(host).forward(host, x)
+        if bias is not None and kept is not None and bias.dtype != kept.dtype:
+            bias.data = kept  # bitsandbytes casts it to x's dtype in place
         return y
     dtype = weight.compute_dtype(x)
-    bias = host._parameters["bias"]
     tensors, text = weight.stored()
     (y,) = fused_linear(
         x.to(dtype), tensors, None if bias is None else [bias.to(dtype)], [[]], [[]], [[]], formats=text

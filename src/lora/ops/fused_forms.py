@@ -63,19 +63,26 @@ def _scale(scales: Tensor, dropout: float, seed: Tensor | None, like: Tensor) ->
     return (scales * (1.0 if seed is None else inverse_keep(dropout))).to(gradient_dtype(like))
 
 
-def reference(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    matrices = Matrices(weights, formats, x.dtype)
+def reference_hidden(x: Tensor, A_cast: Tensor, scales: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """h (n, R), its rows padded to a multiple of 8."""
     rank = A_cast.shape[0]
     h = x.new_zeros(x.shape[0], -(-rank // 8) * 8)
-    h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
-    ys = []
-    for i, (b, part) in enumerate(zip(B_cast, h[:, :rank].split(_columns(B_cast), 1), strict=True)):
+    if rank:
+        h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
+    return h
+
+
+def reference_products(
+    x: Tensor, h: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], B_cast: list[Tensor]
+) -> list[Tensor]:  # fmt: skip
+    matrices = Matrices(weights, formats, x.dtype)
+    ys, start = [], 0
+    for i, b in enumerate(B_cast):
         y = torch.nn.functional.linear(x, matrices[i], biases[i] if biases else None)
-        ys.append(y.addmm_(part, b.t()))
-    return [*ys, h]
+        rank = b.shape[1]
+        ys.append(y.addmm_(h[:, start : start + rank], b.t()) if rank else y)
+        start += rank
+    return ys
 
 
 def reference_backward(
@@ -108,12 +115,16 @@ def frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> T
     return dx
 
 
-# On CUDA.
+# With the kernels, where they run.
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _in_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.element_size() == 2 and _has_triton()
 
 
 def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:
@@ -125,26 +136,41 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
-def cuda(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    if x.element_size() != 2 or not _has_triton():
-        return reference(x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed)
+def hidden(x: Tensor, A_cast: Tensor, scales: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    if not _in_triton(x):
+        return reference_hidden(x, A_cast, scales, dropout, seed)
     from ..kernels import linear
 
     with torch.cuda.device_of(x):
-        return linear.forward(
-            _rows(x), Matrices(weights, formats, x.dtype), biases, A_cast, B_cast, scales,
-            *_dropout_numbers(dropout, seed),
-        )  # fmt: skip
+        return linear.hidden(_rows(x), A_cast, scales, *_dropout_numbers(dropout, seed))
 
 
-def cuda_backward(
+def products(
+    x: Tensor, h: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], B_cast: list[Tensor]
+) -> list[Tensor]:  # fmt: skip
+    if not _in_triton(x):
+        return reference_products(x, h, weights, formats, biases, B_cast)
+    from ..kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.products(_rows(x), h, Matrices(weights, formats, x.dtype), biases, B_cast)
+
+
+def forward(
+    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """[y_i ..., h]"""
+    h = hidden(x, A_cast, scales, dropout, seed)
+    return [*products(x, h, weights, formats, biases, B_cast), h]
+
+
+def backward(
     dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
     A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
-    if x.element_size() != 2 or not _has_triton():
+    """[dA, dB_i ..., dx if needed]; x is silu(x) * factor, or x * factor, where there is one."""
+    if not _in_triton(x):
         return reference_backward(
             dys, x, factor, silu, h, weights, formats, A_cast, B_cast, scales, dropout, seed, needs_dx
         )

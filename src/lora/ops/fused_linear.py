@@ -13,14 +13,15 @@ with `kernels/linear.py` on CUDA.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fused_forms import Matrices, cuda, cuda_backward, frozen_backward, gradient_dtype, reference, reference_backward
+from ..errors import LoraError
+from .fused_forms import Matrices, backward, forward, frozen_backward, gradient_dtype, hidden, products
 from .philox import draw_seed
 from .recompute import Factors, recipe
 
@@ -115,9 +116,13 @@ def fused_linear(
         seed = draw_seed(x.device)
     weights, biases = list(weights), list(biases or [])
     if _plain(x):
-        leaves = (*weights, *biases, *flat_A, *flat_B)
+        if flat_A or any(w.requires_grad for w in weights):
+            h = _Held.apply(copies, dropout, seed, rows, *weights, *flat_A, *flat_B)
+        else:
+            h = rows.new_empty(rows.shape[0], 0)
         sizes = [len(weights), len(biases), len(flat_A), len(flat_B)]
-        outputs = _FusedLinear.apply((formats, copies.A, copies.B, copies.scales, dropout, seed), sizes, rows, *leaves)
+        call = Call(formats, dropout, copies.B, sizes, h.grad_fn)
+        outputs = _Products.apply(call, h, rows, *weights, *biases, *flat_A, *flat_B)
     else:
         outputs = torch.ops.lora.fused_linear(
             rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
@@ -125,27 +130,75 @@ def fused_linear(
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(B)]]
 
 
-class _FusedLinear(torch.autograd.Function):
-    """The operator without its dispatch, which costs 0.2 ms of Python a call: for eager calls on plain tensors."""
+class Call(NamedTuple):
+    """What `_Products` is told beside its tensors; `source` is the node that holds what its backward pass reads."""
+
+    formats: str
+    dropout: float
+    B_cast: list[Tensor]
+    sizes: list[int]
+    source: Any
+
+
+class _Held(torch.autograd.Function):
+    """h, and all that the backward pass reads.
+
+    A node of its own, before the large products: a checkpoint's recomputation stops once it has all that was saved, so
+    it does not repeat the last products of a layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], sizes: list[int], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        formats, A_cast, B_cast, scales, dropout, seed = call
-        weights, biases, A, B = _parts(list(leaves), sizes)
-        form = cuda if x.is_cuda else reference
-        outputs = form(x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed)
-        _save(ctx, (x, weights, formats, biases, A, B, A_cast, B_cast, scales, dropout, seed), outputs[-1])
-        ctx.sizes = sizes
-        return tuple(outputs[:-1])
+    def forward(ctx: Any, copies: Copies, dropout: float, seed: Tensor | None, x: Tensor, *masters: Tensor) -> Tensor:
+        h = hidden(x, copies.A, copies.scales, dropout, seed)
+        ctx.set_materialize_grads(False)
+        ctx.recipe = recipe(x)
+        ctx.save_for_backward(x if ctx.recipe is None else None, h, copies.A, copies.scales, seed, *copies.B)
+        return h
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor | None) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)  # the products' backward pass gives every gradient
+
+
+class _Products(torch.autograd.Function):
+    """The operator without its dispatch, which costs 0.2 ms of Python a call: for eager calls on plain tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, h: Tensor, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        weights, biases, A, B = _parts(leaves, call.sizes)
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.weights = call, weights  # frozen, and not saved: a checkpoint would pack and unpack them
+        ctx.versions = _versions(weights)
+        ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
+        ctx.targets = [b.shape[0] for b in call.B_cast]
+        return tuple(products(x, h, weights, call.formats, biases, call.B_cast))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, weights = ctx.call, ctx.weights
+        given = [dy for dy in grads if dy is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        if ctx.versions != _versions(weights):
+            raise LoraError("model: a frozen weight was changed after the forward pass; run that again, then backward")
+        rows = given[0].shape[0]
+        dys = [given[0].new_zeros(rows, n) if dy is None else dy for dy, n in zip(grads, ctx.targets, strict=True)]
         needs_x, *needs = ctx.needs_input_grad[2:]
-        needs_w, needs_b, _, _ = _parts(needs, ctx.sizes)
-        form = cuda_backward if ctx.on_cuda else reference_backward
-        dx, *grads = _gradients(ctx, list(dys), form, frozen_backward, needs_x, needs_w, needs_b)
-        return None, None, dx, *(g for group in grads for g in group)
+        needs_w, needs_b, _, _ = _parts(needs, call.sizes)
+        grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
+        if call.source is None:
+            dx = frozen_backward(dys, weights, call.formats) if needs_x else None
+            return None, None, dx, *[None] * len(weights), *grad_b, *[None] * len(ctx.masters)
+        x, h, A_cast, scales, seed, *B_cast = call.source.saved_tensors
+        x, factor, silu = (x, None, False) if call.source.recipe is None else call.source.recipe.factors()
+        found = backward(
+            dys, x, factor, silu, h, weights, call.formats, A_cast, B_cast, scales, call.dropout, seed, needs_x
+        )
+        dx = found.pop() if needs_x else None
+        grad_w = _weight_gradients(dys, x, factor, silu, needs_w)
+        return None, None, dx, *grad_w, *grad_b, *_master_gradients(found, ctx.masters)
 
 
 T = TypeVar("T")
@@ -156,6 +209,10 @@ def _parts(items: Sequence[T], sizes: list[int]) -> list[list[T]]:
     """Consecutive pieces of these sizes."""
     ends = list(itertools.accumulate(sizes, initial=0))
     return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _plain(x: Tensor) -> bool:
@@ -192,69 +249,67 @@ def _fake_frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str
     return dys[0].new_empty(dys[0].shape[0], Matrices(weights, formats, dys[0].dtype).shape(0)[1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], h: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, formats, _, A, B, A_cast, B_cast, scales, dropout, seed = inputs
+    ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.on_cuda = x.is_cuda
     ctx.needs_x = bool(A) or any(w.requires_grad for w in weights)  # a frozen product alone saves no input
-    ctx.recipe = recipe(x) if ctx.needs_x else None
-    kept = x if ctx.needs_x and ctx.recipe is None else None
-    ctx.save_for_backward(kept, h, A_cast, scales, seed, *weights, *B_cast)
-    ctx.dropout, ctx.tensors, ctx.targets, ctx.formats = dropout, len(weights), len(B_cast), formats
+    ctx.save_for_backward(x if ctx.needs_x else None, output[-1], A_cast, scales, seed, *weights, *B_cast)
+    ctx.dropout, ctx.tensors, ctx.formats = dropout, len(weights), formats
     ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
 
 
-def _gradients(
-    ctx: Any, grads: list[Tensor | None], form: Callable[..., list[Tensor]], frozen: Callable[..., Tensor],
-    needs_x: bool, needs_w: Sequence[bool], needs_b: Sequence[bool],
-) -> tuple[Tensor | None, Grads, Grads, Grads, Grads]:  # fmt: skip
-    """(dx, and the gradients of the weights, biases, A and B)"""
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, h, A_cast, scales, seed, *rest = ctx.saved_tensors
     weights, B_cast = rest[: ctx.tensors], rest[ctx.tensors :]
+    needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
     dys = [h.new_zeros(h.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(grads, B_cast, strict=False)]
     grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
+    grad_w: Grads = [None] * len(weights)
+    masters: Grads = []
     if not ctx.needs_x:
-        dx = frozen(dys, weights, ctx.formats) if needs_x else None
-        return dx, [None] * len(weights), grad_b, [], []
-    x, factor, silu = (x, None, False) if ctx.recipe is None else ctx.recipe.factors()
-    dA, *dBs = form(dys, x, factor, silu, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x)
-    dx = dBs.pop() if needs_x else None
-    shapes = ctx.masters[: len(ctx.masters) // 2]
-    ranks = [shape[0] for shape, _ in shapes]
-    grad_A: Grads = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes, strict=True)] if shapes else []
-    grad_B: Grads = []
-    adapters = iter(ctx.masters[len(shapes) :])
+        dx = torch.ops.lora.frozen_linear_backward(dys, weights, ctx.formats) if needs_x else None
+    else:
+        found = torch.ops.lora.fused_linear_backward(
+            dys, x, None, False, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
+        )
+        dx = found.pop() if needs_x else None
+        grad_w = _weight_gradients(dys, x, None, False, needs_w)
+        masters = _master_gradients(found, ctx.masters)
+    grad_A, grad_B = masters[: len(masters) // 2], masters[len(masters) // 2 :]
+    return dx, grad_w, None, grad_b, grad_A, grad_B, None, [None] * len(B_cast), None, None, None
+
+
+def _master_gradients(found: list[Tensor], masters: list[tuple[torch.Size, torch.dtype]]) -> Grads:
+    """The gradients of every A, then of every B, in their own dtypes, from [dA, dB_i ...] stacked by target."""
+    dA, *dBs = found
+    shapes_A, shapes_B = masters[: len(masters) // 2], iter(masters[len(masters) // 2 :])
+    if not shapes_A:
+        return []
+    ranks = [shape[0] for shape, _ in shapes_A]
+    grads: Grads = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes_A, strict=True)]
     for dB in dBs:
         start = 0
         while start < dB.shape[1]:
-            shape, dtype = next(adapters)
-            grad_B.append(dB[:, start : start + shape[1]].to(dtype))
+            shape, dtype = next(shapes_B)
+            grads.append(dB[:, start : start + shape[1]].to(dtype))
             start += shape[1]
-    if factor is not None and any(needs_w):
+    return grads
+
+
+def _weight_gradients(dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, needs: Sequence[bool]) -> Grads:
+    """dW_i = dy_i^T x where a dense W0 trains; a quantised one cannot, and its tensors are not one to a target."""
+    if not any(needs):
+        return [None] * len(needs)
+    if factor is not None:
         x = Factors(x, factor, silu).product()
-    # A quantised weight is no leaf that could train, and its tensors are not one to a target.
-    grad_w: Grads = [dys[i].t() @ x if needs else None for i, needs in enumerate(needs_w)]
-    return dx, grad_w, grad_b, grad_A, grad_B
+    return [dys[i].t() @ x if need else None for i, need in enumerate(needs)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.mark_non_differentiable(output[-1])
-    _save(ctx, inputs, output[-1])
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
-    dx, grad_w, grad_b, grad_A, grad_B = _gradients(
-        ctx, grads[:-1], torch.ops.lora.fused_linear_backward, torch.ops.lora.frozen_linear_backward, needs_x, needs_w,
-        needs_b,
-    )  # fmt: skip
-    return dx, grad_w, None, grad_b, grad_A, grad_B, None, [None] * ctx.targets, None, None, None
-
-
-LIBRARY.impl("fused_linear", reference, "CPU")
-LIBRARY.impl("fused_linear_backward", reference_backward, "CPU")
-LIBRARY.impl("fused_linear", cuda, "CUDA")
-LIBRARY.impl("fused_linear_backward", cuda_backward, "CUDA")
+LIBRARY.impl("fused_linear", forward, "CPU")
+LIBRARY.impl("fused_linear_backward", backward, "CPU")
+LIBRARY.impl("fused_linear", forward, "CUDA")
+LIBRARY.impl("fused_linear_backward", backward, "CUDA")
 LIBRARY.impl("frozen_linear_backward", frozen_backward, "CPU")
 LIBRARY.impl("frozen_linear_backward", frozen_backward, "CUDA")
 torch.library.register_fake("lora::frozen_linear_backward", _fake_frozen_backward, lib=LIBRARY)
