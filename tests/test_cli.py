@@ -541,7 +541,10 @@ def test_a_note_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_readme_types_on_a_quantised_base(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its python block and its commands; without a GPU nothing is offloaded."""
     pytest.importorskip("bitsandbytes")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "examples" / "e2e").mkdir(parents=True)
+    (tmp_path / "examples" / "tiny-llama-8m").symlink_to(ROOT / "examples" / "tiny-llama-8m")
+    rows = (ROOT / "examples" / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "examples" / "e2e" / "train.jsonl").write_text("".join(rows[:8]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme.partition("## Quantised bases\n")[2].partition("\n## ")[0]
