@@ -262,6 +262,20 @@ def test_unload_into_the_code_leaves_a_quantised_model(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_model_that_was_read_quantised_is_saved_after_a_merge(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    llama(kind).save_pretrained(tmp_path / "stored")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.bfloat16).train()
+    lora.inject(model, r=4, targets=["q_proj", "down_proj"])
+    merge(randomize(model), unload=True)
+    logits = model(tokens()).logits
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16).train()
+    assert torch.equal(again(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_gpt2_is_not_merged_into_16_bits(kind: str, tmp_path: Path) -> None:
     """Its Conv1D were turned round before they were quantised."""
     drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

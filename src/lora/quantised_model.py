@@ -51,6 +51,7 @@ def forget_quantisation(root: nn.Module, names: Iterable[str]) -> None:
     quantiser: Any = getattr(root, "hf_quantizer", None)
     if quantiser is None:
         return
+    forget_reading(root)
     if not any(is_quantised(module) for _, module in base_modules(root)):
         quantiser.remove_quantization_config(root)
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
@@ -60,6 +61,16 @@ def forget_quantisation(root: nn.Module, names: Iterable[str]) -> None:
     # Once a list is given, it is the whole truth: what was left out by default must be in it.
     left_out = settings.llm_int8_skip_modules or getattr(quantiser, "modules_to_not_convert", None) or []
     settings.llm_int8_skip_modules = sorted({*left_out, *names})
+
+
+def forget_reading(root: Any) -> None:
+    """Let a model that was read quantised be saved: transformers 5 wants to undo each step of its reading, and cannot
+    undo bitsandbytes', of which nothing needs to be undone."""
+    root._weight_conversions = [
+        conversion
+        for conversion in getattr(root, "_weight_conversions", None) or []
+        if not any(type(step).__module__.endswith(".bitsandbytes") for step in getattr(conversion, "operations", []))
+    ]
 
 
 def model_dtype(root: nn.Module) -> torch.dtype | None:

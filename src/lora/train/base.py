@@ -8,6 +8,7 @@ import torch
 
 from ..errors import LoraError
 from ..layers.quantised import is_quantised
+from ..quantised_model import forget_reading
 from .quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +52,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     except (OSError, ValueError, ImportError) as error:
         raise LoraError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
     if stored in BITSANDBYTES:
-        _forget_reading(model)
+        forget_reading(model)
         if isinstance(dtype, torch.dtype):
             _cast(model, dtype)
     return model
@@ -131,16 +132,6 @@ def _settings(quantize: str, dtype: torch.dtype | str) -> Any:
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-
-
-def _forget_reading(model: Any) -> None:
-    """Let a model that was read quantised be saved: transformers 5 wants to undo each step of its reading, and cannot
-    undo bitsandbytes', of which nothing needs to be undone."""
-    model._weight_conversions = [
-        conversion
-        for conversion in getattr(model, "_weight_conversions", None) or []
-        if not any(type(step).__module__.endswith(".bitsandbytes") for step in getattr(conversion, "operations", []))
-    ]
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
