@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--csv")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--save", choices=CASES, help="write the model that a peer loads from a folder")
     return parser.parse_args()
 
 
@@ -132,7 +133,7 @@ def built(words: list[str]) -> tuple[Any, Any, int]:
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
-            str(saved(case)), max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=True
+            str(folder_of(case)), max_seq_length=tokens, dtype=torch.bfloat16, load_in_4bit=True
         )
         size = torch.cuda.memory_allocated()
         model = FastLanguageModel.get_peft_model(
@@ -170,31 +171,26 @@ def built(words: list[str]) -> tuple[Any, Any, int]:
     return get_peft_model(model, config), bf16, size
 
 
-def saved(case: str) -> Path:
-    """A folder with the NF4 model and a tokenizer, for a peer that loads from one."""
-    import gc
+def folder_of(case: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"llama_nf4_{SHAPES[case]['num_hidden_layers']}"
 
+
+def save(case: str) -> None:
+    """A folder with the NF4 model and a tokenizer. In a process without the peer, which patches what makes a model."""
     import torch
+    from tokenizers import Tokenizer, models
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 
-    path = Path(tempfile.gettempdir()) / f"llama_nf4_{SHAPES[case]['num_hidden_layers']}"
-    if not (path / "tokenizer.json").exists():
-        from tokenizers import Tokenizer, models
-        from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
-
-        model = base_model(case, "nf4")
-        model.config.quantization_config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-        model.save_pretrained(path)
-        words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + i): 3 + i for i in range(90)}}
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-        tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    return path
+    model = base_model(case, "nf4")
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model.save_pretrained(folder_of(case))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + i): 3 + i for i in range(90)}}
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder_of(case))
 
 
 def gate(kind: str) -> None:
@@ -330,6 +326,9 @@ def main() -> None:
     a = arguments()
     os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.gettempdir() + "/unsloth_compiled")
+    if a.save:
+        save(a.save)
+        return
     if a.one:
         if "unsloth" in a.one:
             import unsloth  # noqa: F401  (it must come before transformers)
@@ -341,10 +340,13 @@ def main() -> None:
             continue
         steps = "4" if ("int8" in variant and "peft" in variant) or "70b" in variant else str(a.steps)
         command = [sys.executable, __file__, "--one", variant, "--steps", steps]
+        case = variant.split()[0]
         try:
+            if "unsloth" in variant and not (folder_of(case) / "tokenizer.json").exists():
+                subprocess.run([sys.executable, __file__, "--save", case], capture_output=True, timeout=100, check=True)
             done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{variant}: no result in 100 s", flush=True)
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            print(f"{variant}: {error}\n{(error.stderr or b'')[-1500:]!r}", flush=True)
             continue
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not found:

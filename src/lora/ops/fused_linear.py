@@ -12,6 +12,7 @@ and a quantised weight is dequantised again. `fused_forms.py` computes: in plain
 with `kernels/linear.py` on CUDA.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -105,17 +106,19 @@ def fused_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
+    plain = _plain(x)
     if flat_A:
         copies = make_copies(A, B, scalings, x.dtype)
     else:  # the frozen product alone
-        outs = [Matrices(weights, formats, x.dtype).shape(i)[0] for i in range(len(B))]
-        copies = Copies(x.new_empty(0, x.shape[-1]), [x.new_empty(n, 0) for n in outs], x.new_empty(0).float())
+        matrices = Matrices(weights, formats, x.dtype)
+        outs = tuple(matrices.shape(i)[0] for i in range(len(B)))
+        copies = (_nothing if plain else _nothing.__wrapped__)(outs, x.shape[-1], x.dtype, x.device)
     if not dropout:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
     weights, biases = list(weights), list(biases or [])
-    if _plain(x):
+    if plain:
         if flat_A or any(w.requires_grad for w in weights):
             h = _Held.apply(copies, dropout, seed, rows, *weights, *flat_A, *flat_B)
         else:
@@ -128,6 +131,13 @@ def fused_linear(
             rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
         )
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(B)]]
+
+
+@functools.cache
+def _nothing(outs: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device) -> Copies:
+    """Copies of no adapters."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return Copies(like.new_empty(0, width), [like.new_empty(n, 0) for n in outs], like.float())
 
 
 class Call(NamedTuple):
