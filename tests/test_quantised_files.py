@@ -51,6 +51,13 @@ def test_an_adapter_of_another_base_is_refused(here: str | None, tmp_path: Path)
             lora.load(model, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
+def test_the_same_base_quantised_from_another_dtype_warns(kind: str, tmp_path: Path) -> None:
+    lora.save(adapted(kind, torch.bfloat16), tmp_path)
+    with pytest.warns(lora.LoraWarning, match="sampled weights differ.*each by little: .*from another dtype"):
+        lora.load(llama(kind, torch.float32), tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_peft_loads_our_file_onto_a_quantised_base(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, torch.float32)

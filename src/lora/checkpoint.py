@@ -14,7 +14,7 @@ from .adapters import disabled
 from .config import check_name
 from .errors import LoraError, LoraWarning, near
 from .files import replaced_together
-from .fingerprint import difference, fingerprint, other_quantisation
+from .fingerprint import REQUANTISED, apart, difference, fingerprint, other_quantisation, quantisation
 from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
 from .layers.base import base_modules, hosts
@@ -260,8 +260,15 @@ def _check_origin(
             f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
-        raise LoraError(
-            f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
+        if quantisation(weights) is None or apart(header[BASE], weights) > REQUANTISED:
+            raise LoraError(
+                f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
+            )
+        warnings.warn(
+            f"{folder}: {why}, each by little: its base was quantised from another dtype or on another device, or is a "
+            "near relative of this one",
+            LoraWarning,
+            stacklevel=3,
         )
     if BASE in header and (names := other_quantisation(header[BASE], weights)) is not None:
         warnings.warn(
