@@ -153,7 +153,7 @@ class Plain(nn.Sequential):
     [
         (tiny_llama, {"checkpointing": "offload"}, "'offload' moves inputs from a GPU .* no parameter is on one"),
         (tiny_llama, {"checkpointing": "host"}, "got 'host'; allowed are True, False and 'offload'"),
-        (tiny_llama, {"head_dtype": torch.int8}, "got torch.int8; a floating-point dtype is expected"),
+        (tiny_llama, {"head_dtype": torch.int8}, "got torch.int8; a floating-point torch.dtype is expected"),
         (
             lambda: tiny_llama(tie_word_embeddings=True).bfloat16(),
             {"head_dtype": torch.float32, "norms_fp32": True},

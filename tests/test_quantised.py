@@ -315,3 +315,27 @@ def test_any_storage_of_four_bits(storage: torch.dtype) -> None:
     logits = model(tokens()).logits
     assert torch.equal(lora.inject(model, r=4, targets=TARGETS)(tokens()).logits, logits)
     assert lora.summary(model).total == lora.summary(lora.inject(llama(None), r=4, targets=TARGETS)).total
+
+
+def test_a_weight_changed_before_the_backward_pass_is_noticed() -> None:
+    model = lora.inject(llama("nf4"), r=4, targets=["q_proj"])
+    loss = model(tokens()).logits.float().sum()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.zero_()
+    with pytest.raises(lora.LoraError, match="a frozen weight was changed after the forward pass"):
+        loss.backward()
+
+
+def test_a_parameter_that_was_replaced_is_known_by_its_module() -> None:
+    """FSDP makes new parameters of the old ones' data."""
+    model = lora.inject(llama("nf4"), r=4, targets=["q_proj"])
+    want = model(tokens()).logits
+    for module in (model.model.layers[0].self_attn.q_proj, model.model.layers[0].mlp.up_proj):
+        module.weight = nn.Parameter(module.weight.data, requires_grad=False)
+    assert torch.equal(model(tokens()).logits, want)
+    assert "nf4" in str(lora.summary(model))
+    model = lora.inject(llama("int8"), r=4, targets=["q_proj"])
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    with pytest.raises(lora.LoraError, match="has lost its scales .SCB.: something put another parameter in its place"):
+        model(tokens())

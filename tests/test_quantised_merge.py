@@ -261,6 +261,48 @@ def test_unload_into_the_code_leaves_a_quantised_model(kind: str, tmp_path: Path
     assert classes(again) == kept and torch.equal(again(tokens()).logits, logits)
 
 
+@pytest.mark.parametrize("into", [False, True], ids=["16 bits", "again"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("what", ["weight", "A"])
+def test_what_changed_while_merged_is_not_thrown_away(kind: str, what: str, into: bool, tmp_path: Path) -> None:
+    model = adapted(kind, ratio=1.0)
+    layer = model.model.layers[0].self_attn.q_proj
+    merge(model, into=kind if into else None)
+    tensor = layer.weight if what == "weight" else layer.lora["default"].A
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.view(-1)[3] += 1
+    for verb in (lora.unmerge, lambda m: lora.save(m, tmp_path)):
+        with unchanged(model), pytest.raises(lora.LoraError, match="cannot be unmerged.*changed after the merge"):
+            verb(model)
+    with torch.no_grad():
+        tensor.copy_(before)
+    lora.unmerge(model)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_merged_linear_fits_the_activations_and_not_the_norms(kind: str) -> None:
+    model = lora.prepare(llama(kind), norms_fp32=True, checkpointing=False)
+    lora.inject(model, r=4, targets=["q_proj"])
+    want = model(tokens()).logits
+    merge(randomize(model, std=1e-4))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == torch.bfloat16
+    assert distance({"": model(tokens()).logits}, {"": want}) < 0.1
+
+
+def test_a_bias_of_another_dtype_is_merged_into_the_linears_and_comes_back() -> None:
+    module = nn.Sequential(nn.Embedding(9, 64, dtype=torch.bfloat16), linear("nf4", 64, 128).to("cpu"))
+    bias = module[1].bias
+    assert bias.dtype == torch.float32
+    values = bias.detach().clone()
+    lora.inject(module, r=4, targets=["1"])
+    merge(randomize(module))
+    assert module(torch.arange(9)).dtype == module[1].bias.dtype == torch.bfloat16
+    lora.unmerge(module)
+    assert module[1].bias is bias and torch.equal(bias, values)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_model_that_was_read_quantised_is_saved_after_a_merge(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

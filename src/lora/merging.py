@@ -13,7 +13,7 @@ from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters, WholeAdapters
 from .layers.base import Adapters, base_modules, hosts, refresh
 from .ops import low_rank_product, summed_bias
-from .quantised_merge import INTO, Replaced, check_into, leave, merge_quantised, put_back
+from .quantised_merge import INTO, Replaced, check_into, leave, merge_digest, merge_quantised, put_back
 from .quantised_model import forget_quantisation, model_dtype
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
@@ -176,6 +176,8 @@ def _unmerge_host(place: Place, swapped: set[int]) -> None:
     else:
         assert isinstance(adapters, LinearAdapters)
         if adapters.quantised:
+            if adapters.undo.digest != merge_digest(host, adapters):
+                raise _changed(name, adapters.frozen.parameter.dtype, None)
             put_back(host, adapters.frozen, adapters.undo)
         else:
             _unmerge_linear(name, host, adapters)
@@ -230,11 +232,16 @@ def _unmerge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> Non
             old_rows.append((rows, merged[rows].clone()))
             new_rows.append((rows, new))
     if digest.value != undo.digest:
-        raise LoraError(
-            f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
-            f"cast; it was {undo.dtype} and is {merged.dtype}). Put the values back, or load the base model again"
-        )
+        raise _changed(name, merged.dtype, undo.dtype)
     _write_all(host, adapters, new_rows, undo.bias, otherwise=(old_rows, undo.merged_bias))
+
+
+def _changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:
+    was = "" if before is None else f"was {before} and "
+    return LoraError(
+        f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
+        f"cast; it {was}is {dtype}). Put the values back, or load the base model again"
+    )
 
 
 def _way_back(merged: Tensor, update: Tensor) -> Tensor:

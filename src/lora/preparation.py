@@ -11,7 +11,7 @@ from .layers.base import base_modules
 from .layers.quantised import is_quantised
 from .offload import Offload
 from .quantised_model import model_dtype
-from .resident import unwrap
+from .resident import is_merged, unwrap
 from .targets import output_heads
 from .weights import weight_of
 
@@ -68,8 +68,13 @@ def prepare(
 class CastInput:
     """Casts a module's input to its weight's dtype."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0].to(_dtype(module)), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        dtype = _dtype(module)
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 class CastOutput:
@@ -94,7 +99,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
                 if tensor is not None and tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
     if not any(isinstance(hook, CastInput) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(CastInput())
+        module.register_forward_pre_hook(CastInput(), with_kwargs=True)
 
 
 def prepared(root: nn.Module) -> str:
@@ -149,8 +154,10 @@ def _norms(root: nn.Module) -> list[nn.Module]:
 
 
 def _heads(root: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
-    if not dtype.is_floating_point:
-        raise LoraError(f"head_dtype: got {dtype}; a floating-point dtype is expected")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LoraError(f"head_dtype: got {dtype!r}; a floating-point torch.dtype is expected, such as torch.float32")
+    if is_merged(root):
+        raise LoraError("head_dtype: the model is merged, and unmerge needs its weights as they are; call it before")
     heads = {name: root.get_submodule(name) for name in output_heads(root)}
     if not heads:
         raise LoraError(f"head_dtype: {type(root).__name__} has no output head under a known name; leave it None")

@@ -15,9 +15,11 @@ from .errors import LoraError
 from .layers import LinearAdapters
 from .ops import summed_bias
 from .report import MergedModule
+from .undo import Digest
 from .weights import FrozenWeight, Quantised
 
 INTO = ("nf4", "fp4", "int8")
+BLOCK = 1 << 22  # elements of a checksum at a time
 
 
 @dataclass
@@ -28,11 +30,22 @@ class Replaced:
     attributes: dict[str, Any]  # the module's, that belong to the parameter
     into: str | None
     merged_class: type[nn.Module] | None  # the module's class while merged; None for its own
-    bias: Tensor | None
+    bias: Tensor | None  # the bias parameter, where the merge put another in its place
+    digest: int = 0  # of what the merge wrote and what it was made from
 
     @property
     def nbytes(self) -> int:
         return int(self.parameter.nbytes) + (0 if self.bias is None else self.bias.nbytes)
+
+
+def merge_digest(host: nn.Module, adapters: LinearAdapters) -> int:
+    """A checksum of a merged host's weight and bias, and of A and B: nothing of it may change before the unmerge."""
+    digest = Digest()
+    mine = [host._parameters["weight"], host._parameters["bias"]]
+    for tensor in (*mine, *(p for term in adapters.terms for p in term.parameters())):
+        for block in () if tensor is None else tensor.detach().reshape(-1).split(BLOCK):  # type: ignore[no-untyped-call]
+            digest.add(block)
+    return digest.value
 
 
 def check_into(name: str, host: nn.Module, adapters: LinearAdapters, into: str | None) -> None:
@@ -69,10 +82,10 @@ def merge_quantised(
         update[rows] = values
     total = before + update
     undo = Replaced(frozen.parameter, frozen.attributes(), into, nn.Linear if into is None else None, None)
-    new_bias = None
-    if any(term.bias is not None for term in adapters.terms):
-        undo.bias = host.get_parameter("bias").detach().clone()
-        new_bias = summed_bias(undo.bias, adapters.terms)
+    bias = host._parameters["bias"]
+    new_bias = summed_bias(bias, adapters.terms)
+    if new_bias is not None and into is None:
+        new_bias = new_bias.to(dtype)  # a plain linear has one dtype
     try:
         if into is None:
             merged = total.to(dtype)
@@ -84,11 +97,13 @@ def merge_quantised(
         if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
             stored = into or str(dtype).removeprefix("torch.")
             raise LoraError(f"model: merging {name!r} gives NaN or infinity in {stored}; nothing was changed")
-        if new_bias is not None:
-            host.get_parameter("bias").copy_(new_bias)
+        if new_bias is not None and new_bias is not bias:
+            undo.bias = bias
+            host._parameters["bias"] = nn.Parameter(new_bias.detach().clone(), requires_grad=False)
         change, exact = (merged.float() - before).double(), update.double()
         along, norm, lost = ((change * exact).sum(), exact.square().sum(), (change - exact).square().sum())
         kept, noise = ((along / norm).item(), math.sqrt((lost / norm).item())) if norm else (1.0, 0.0)
+        undo.digest = merge_digest(host, adapters)
     except BaseException:
         put_back(host, frozen, undo)
         raise
@@ -99,9 +114,11 @@ def merge_quantised(
 def put_back(host: nn.Module, frozen: FrozenWeight, undo: Replaced) -> None:
     """Give a host its quantised weight again, on the device where it is now."""
     assert isinstance(frozen, Quantised)
+    device = frozen.parameter.device
     frozen.install(undo.parameter, undo.attributes)
     if undo.bias is not None:
-        host.get_parameter("bias").copy_(undo.bias)
+        host._parameters["bias"] = undo.bias  # type: ignore[assignment]  # the parameter that it was
+        undo.bias.data = undo.bias.data.to(device)
 
 
 def leave(host: nn.Module, adapters: LinearAdapters) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers.base import base_modules
 from .layers.quantised import is_quantised
@@ -74,11 +74,12 @@ def forget_reading(root: Any) -> None:
 
 
 def model_dtype(root: nn.Module) -> torch.dtype | None:
-    """The dtype of what is not quantised in a model: of its activations, as far as one can tell."""
-    modules = [module for _, module in base_modules(root)]
-    for module in sorted(modules, key=is_quantised):  # of a quantised linear the bias, where there is nothing else
+    """The dtype of a model's activations, as far as one can tell: of its first matrix that is not quantised, and where
+    there is none, of its first other parameter. Norms do not count, which may be held in more bits."""
+    found: list[Tensor] = []
+    for _, module in base_modules(root):
         names = ["bias"] if is_quantised(module) else list(module._parameters)
-        for parameter in map(module._parameters.get, names):
-            if parameter is not None and parameter.is_floating_point():
-                return parameter.dtype
-    return None
+        if "Norm" not in type(module).__name__:
+            found += [p for p in map(module._parameters.get, names) if p is not None and p.is_floating_point()]
+    first = next((p for p in found if p.dim() > 1), found[0] if found else None)
+    return None if first is None else first.dtype

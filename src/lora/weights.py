@@ -157,7 +157,8 @@ class FourBit(Quantised):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.quantisation = self.parameter.quant_type  # type: ignore[attr-defined]
+        state = getattr(self.parameter, "quant_state", None) or self.module.quant_state
+        self.quantisation = state.quant_type if state is not None else self.parameter.quant_type  # type: ignore[attr-defined]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,7 +188,7 @@ class FourBit(Quantised):
 
     def stored(self) -> Stored:
         state = self._state()
-        tensors = [self.parameter.data, state.absmax, state.code]
+        tensors = [self.parameter.detach(), state.absmax, state.code]  # with the parameter's version, unlike .data
         nested = 0
         if state.state2 is not None:
             nested = state.state2.blocksize
@@ -199,16 +200,17 @@ class FourBit(Quantised):
 
     def quantised(self, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
         from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn.modules import Params4bit
 
         old: Any = self.parameter
         packed, state = quantize_4bit(
             values, blocksize=self._state().blocksize, compress_statistics=self._state().state2 is not None,
-            quant_type=self.quantisation, quant_storage=old.quant_storage,
+            quant_type=self.quantisation, quant_storage=old.dtype,
         )  # fmt: skip
         state.dtype = self.dtype
-        parameter = type(old)(
-            packed, requires_grad=False, quant_state=state, blocksize=old.blocksize, bnb_quantized=True,
-            compress_statistics=old.compress_statistics, quant_type=old.quant_type, quant_storage=old.quant_storage,
+        parameter = Params4bit(
+            packed, requires_grad=False, quant_state=state, blocksize=state.blocksize, bnb_quantized=True,
+            compress_statistics=state.state2 is not None, quant_type=self.quantisation, quant_storage=old.dtype,
         )  # fmt: skip
         return parameter, {"quant_state": state}
 
@@ -243,13 +245,18 @@ class EightBit(Quantised):
             )
         # The scales lie on the parameter until the first forward pass of bitsandbytes, and then on the module.
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else self.module.state.SCB
-        if weight.is_meta or weight.dtype != torch.int8 or scales is None:
+        if weight.dtype == torch.int8 and scales is None:
+            raise LoraError(
+                f"model: the weight of a {type(self.module).__name__} has lost its scales (SCB): something put another "
+                "parameter in its place; run the model once before that, so that bitsandbytes moves them to the module"
+            )
+        if weight.is_meta or weight.dtype != torch.int8:
             raise LoraError(
                 f"model: the weight of a {type(self.module).__name__} is {weight.dtype} and not quantised yet: "
                 "bitsandbytes does that when the module moves to its device; call model.to(device) first, or load it "
                 "with from_pretrained"
             )
-        return [weight.data, scales], _text("int8", self.shape, 0, 0)
+        return [weight.detach(), scales], _text("int8", self.shape, 0, 0)
 
     def attributes(self) -> dict[str, Any]:
         return {"state": self.module.state}

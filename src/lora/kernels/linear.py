@@ -46,7 +46,7 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     )
 
 
-class Matrices(Protocol):
+class Weights(Protocol):
     """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
 
     def __len__(self) -> int: ...
@@ -73,7 +73,7 @@ def hidden(
     return h
 
 
-def products(x: Tensor, h: Tensor, weights: Matrices, biases: list[Tensor], B: list[Tensor]) -> list[Tensor]:
+def products(x: Tensor, h: Tensor, weights: Weights, biases: list[Tensor], B: list[Tensor]) -> list[Tensor]:
     """y_i = x W_i^T + b_i + h_i B_i^T for B_i (N_i, R_i), h_i their columns of h."""
     ys = []
     for i, (b, columns) in enumerate(zip(B, segments(B), strict=True)):
@@ -90,7 +90,7 @@ def products(x: Tensor, h: Tensor, weights: Matrices, biases: list[Tensor], B: l
 
 
 def backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: Matrices, A: Tensor,
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: Weights, A: Tensor,
     B: list[Tensor], scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets.
@@ -126,7 +126,7 @@ def backward(
 
 
 def _dx_(
-    dx: Tensor, dys: list[Tensor], weights: Matrices, g: Tensor, A: Tensor, seed: Tensor | None, threshold: int
+    dx: Tensor, dys: list[Tensor], weights: Weights, g: Tensor, A: Tensor, seed: Tensor | None, threshold: int
 ) -> None:
     """dx = mask * (g A) + sum of dy_i W_i: the low-rank part and the first product in one, the others on top of it.
 

@@ -172,6 +172,8 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
         return False
     if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
         return False
+    if its.quantised and by_bitsandbytes(member, its.frozen, x):
+        return False
     if its.quantised != mine.quantised or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):
         return False
     same_dropout = {t.dropout for t in its.terms} == {t.dropout for t in mine.terms} or not host.training

@@ -177,13 +177,13 @@ def _reference(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 def _cuda(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
     form = _checked(parts, format)
-    if not _has_triton() or form.block % 8 or form.block & (form.block - 1):  # no power of two, as each of theirs is
+    if not has_triton() or form.block % 8 or form.block & (form.block - 1):  # no power of two, as each of theirs is
         return _reference(parts, format, dtype)
     from ..kernels.dequantise import dequantise_4bit_, dequantise_int8_
 

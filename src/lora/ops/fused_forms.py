@@ -5,14 +5,12 @@
 The plain-torch form is the CPU path and the oracle; `fused_linear.py` has the formulas and the autograd around it.
 """
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .dequantise import Format, dequantised
+from .dequantise import Format, dequantised, has_triton
 from .philox import inverse_keep, keep_mask, threshold
 from .recompute import Factors
 
@@ -118,13 +116,8 @@ def frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> T
 # With the kernels, where they run.
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _in_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.element_size() == 2 and _has_triton()
+    return x.is_cuda and x.element_size() == 2 and has_triton()
 
 
 def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:

@@ -7,24 +7,21 @@
     g_i = scales_i / (1 - p) * dy_i B_i                         (n, R_i)
     dA = g^T (mask * x),  dB_i = dy_i^T h_i,  dx = sum of dy_i W_i + mask * (g A)
 
-Saved for the backward pass: h, and x where `recompute.recipe` cannot make it again. The mask comes again from the seed,
+Saved for the backward pass: h, and x where `recompute.remake` cannot make it again. The mask comes again from the seed,
 and a quantised weight is dequantised again. `fused_forms.py` computes: in plain torch, the CPU path and the oracle, or
 with `kernels/linear.py` on CUDA.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..errors import LoraError
-from .fused_forms import Matrices, backward, forward, frozen_backward, gradient_dtype, hidden, products
+from .fused_eager import Call, Grads, Held, Products, filled, is_plain, master_gradients, weight_gradients
+from .fused_forms import Matrices, backward, forward, frozen_backward, gradient_dtype
 from .philox import draw_seed
-from .recompute import Factors, recipe
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
@@ -106,7 +103,7 @@ def fused_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
-    plain = _plain(x)
+    plain = is_plain(x)
     if flat_A:
         copies = make_copies(A, B, scalings, x.dtype)
     else:  # the frozen product alone
@@ -120,12 +117,12 @@ def fused_linear(
     weights, biases = list(weights), list(biases or [])
     if plain:
         if flat_A or any(w.requires_grad for w in weights):
-            h = _Held.apply(copies, dropout, seed, rows, *weights, *flat_A, *flat_B)
+            h = Held.apply(copies.A, copies.B, copies.scales, dropout, seed, rows, *weights, *flat_A, *flat_B)
         else:
             h = rows.new_empty(rows.shape[0], 0)
         sizes = [len(weights), len(biases), len(flat_A), len(flat_B)]
         call = Call(formats, dropout, copies.B, sizes, h.grad_fn)
-        outputs = _Products.apply(call, h, rows, *weights, *biases, *flat_A, *flat_B)
+        outputs = Products.apply(call, h, rows, *weights, *biases, *flat_A, *flat_B)
     else:
         outputs = torch.ops.lora.fused_linear(
             rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
@@ -136,103 +133,9 @@ def fused_linear(
 @functools.cache
 def _nothing(outs: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device) -> Copies:
     """Copies of no adapters."""
-    like = torch.empty(0, dtype=dtype, device=device)
-    return Copies(like.new_empty(0, width), [like.new_empty(n, 0) for n in outs], like.float())
-
-
-class Call(NamedTuple):
-    """What `_Products` is told beside its tensors; `source` is the node that holds what its backward pass reads."""
-
-    formats: str
-    dropout: float
-    B_cast: list[Tensor]
-    sizes: list[int]
-    source: Any
-
-
-class _Held(torch.autograd.Function):
-    """h, and all that the backward pass reads.
-
-    A node of its own, before the large products: a checkpoint's recomputation stops once it has all that was saved, so
-    it does not repeat the last products of a layer.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, copies: Copies, dropout: float, seed: Tensor | None, x: Tensor, *masters: Tensor) -> Tensor:
-        h = hidden(x, copies.A, copies.scales, dropout, seed)
-        ctx.set_materialize_grads(False)
-        ctx.recipe = recipe(x)
-        ctx.save_for_backward(x if ctx.recipe is None else None, h, copies.A, copies.scales, seed, *copies.B)
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor | None) -> tuple[None, ...]:
-        return (None,) * len(ctx.needs_input_grad)  # the products' backward pass gives every gradient
-
-
-class _Products(torch.autograd.Function):
-    """The operator without its dispatch, which costs 0.2 ms of Python a call: for eager calls on plain tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, h: Tensor, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        weights, biases, A, B = _parts(leaves, call.sizes)
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.weights = call, weights  # frozen, and not saved: a checkpoint would pack and unpack them
-        ctx.versions = _versions(weights)
-        ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
-        ctx.targets = [b.shape[0] for b in call.B_cast]
-        return tuple(products(x, h, weights, call.formats, biases, call.B_cast))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, weights = ctx.call, ctx.weights
-        given = [dy for dy in grads if dy is not None]
-        if not given:
-            return (None,) * len(ctx.needs_input_grad)
-        if ctx.versions != _versions(weights):
-            raise LoraError("model: a frozen weight was changed after the forward pass; run that again, then backward")
-        rows = given[0].shape[0]
-        dys = [given[0].new_zeros(rows, n) if dy is None else dy for dy, n in zip(grads, ctx.targets, strict=True)]
-        needs_x, *needs = ctx.needs_input_grad[2:]
-        needs_w, needs_b, _, _ = _parts(needs, call.sizes)
-        grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
-        if call.source is None:
-            dx = frozen_backward(dys, weights, call.formats) if needs_x else None
-            return None, None, dx, *[None] * len(weights), *grad_b, *[None] * len(ctx.masters)
-        x, h, A_cast, scales, seed, *B_cast = call.source.saved_tensors
-        x, factor, silu = (x, None, False) if call.source.recipe is None else call.source.recipe.factors()
-        found = backward(
-            dys, x, factor, silu, h, weights, call.formats, A_cast, B_cast, scales, call.dropout, seed, needs_x
-        )
-        dx = found.pop() if needs_x else None
-        grad_w = _weight_gradients(dys, x, factor, silu, needs_w)
-        return None, None, dx, *grad_w, *grad_b, *_master_gradients(found, ctx.masters)
-
-
-T = TypeVar("T")
-Grads = list[Tensor | None]
-
-
-def _parts(items: Sequence[T], sizes: list[int]) -> list[list[T]]:
-    """Consecutive pieces of these sizes."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether nobody traces, transforms or watches this call."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-    )
+    with torch.inference_mode(False):  # cached, for calls of every mode
+        like = torch.empty(0, dtype=dtype, device=device)
+        return Copies(like.new_empty(0, width), [like.new_empty(n, 0) for n in outs], like.float())
 
 
 # Shapes, and gradients.
@@ -263,57 +166,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     x, weights, formats, _, A, B, A_cast, B_cast, scales, dropout, seed = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.needs_x = bool(A) or any(w.requires_grad for w in weights)  # a frozen product alone saves no input
-    ctx.save_for_backward(x if ctx.needs_x else None, output[-1], A_cast, scales, seed, *weights, *B_cast)
-    ctx.dropout, ctx.tensors, ctx.formats = dropout, len(weights), formats
+    ctx.needs_x = bool(A) or any(w.requires_grad for w in weights)  # a frozen product alone saves nothing
+    # What eager calls save: a checkpoint may run its two forward passes by different ways.
+    ctx.save_for_backward(*((x, output[-1], A_cast, scales, seed, *B_cast) if ctx.needs_x else ()))
+    ctx.dropout, ctx.weights, ctx.formats = dropout, weights, formats
     ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
+    ctx.targets = [b.shape[0] for b in B_cast]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    x, h, A_cast, scales, seed, *rest = ctx.saved_tensors
-    weights, B_cast = rest[: ctx.tensors], rest[ctx.tensors :]
     needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
-    dys = [h.new_zeros(h.shape[0], b.shape[0]) if dy is None else dy for dy, b in zip(grads, B_cast, strict=False)]
+    weights, nothing = ctx.weights, [None] * len(ctx.targets)
+    dys = filled(grads[:-1], ctx.targets)
+    if not dys:
+        return None, [None] * len(needs_w), None, [None] * len(needs_b), *_masters(ctx, []), None, nothing, *[None] * 3
     grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
-    grad_w: Grads = [None] * len(weights)
-    masters: Grads = []
     if not ctx.needs_x:
         dx = torch.ops.lora.frozen_linear_backward(dys, weights, ctx.formats) if needs_x else None
-    else:
-        found = torch.ops.lora.fused_linear_backward(
-            dys, x, None, False, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
-        )
-        dx = found.pop() if needs_x else None
-        grad_w = _weight_gradients(dys, x, None, False, needs_w)
-        masters = _master_gradients(found, ctx.masters)
-    grad_A, grad_B = masters[: len(masters) // 2], masters[len(masters) // 2 :]
-    return dx, grad_w, None, grad_b, grad_A, grad_B, None, [None] * len(B_cast), None, None, None
+        return dx, [None] * len(needs_w), None, grad_b, *_masters(ctx, []), None, nothing, *[None] * 3
+    x, h, A_cast, scales, seed, *B_cast = ctx.saved_tensors
+    found = torch.ops.lora.fused_linear_backward(
+        dys, x, None, False, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
+    )
+    dx = found.pop() if needs_x else None
+    grad_w = weight_gradients(dys, x, None, False, needs_w)
+    return dx, grad_w, None, grad_b, *_masters(ctx, found), None, nothing, *[None] * 3
 
 
-def _master_gradients(found: list[Tensor], masters: list[tuple[torch.Size, torch.dtype]]) -> Grads:
-    """The gradients of every A, then of every B, in their own dtypes, from [dA, dB_i ...] stacked by target."""
-    dA, *dBs = found
-    shapes_A, shapes_B = masters[: len(masters) // 2], iter(masters[len(masters) // 2 :])
-    if not shapes_A:
-        return []
-    ranks = [shape[0] for shape, _ in shapes_A]
-    grads: Grads = [part.to(dtype) for part, (_, dtype) in zip(dA.split(ranks), shapes_A, strict=True)]
-    for dB in dBs:
-        start = 0
-        while start < dB.shape[1]:
-            shape, dtype = next(shapes_B)
-            grads.append(dB[:, start : start + shape[1]].to(dtype))
-            start += shape[1]
-    return grads
-
-
-def _weight_gradients(dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, needs: Sequence[bool]) -> Grads:
-    """dW_i = dy_i^T x where a dense W0 trains; a quantised one cannot, and its tensors are not one to a target."""
-    if not any(needs):
-        return [None] * len(needs)
-    if factor is not None:
-        x = Factors(x, factor, silu).product()
-    return [dys[i].t() @ x if need else None for i, need in enumerate(needs)]
+def _masters(ctx: Any, found: list[Tensor]) -> tuple[Grads, Grads]:
+    """The gradients of A and of B; none where there are none."""
+    grads: Grads = master_gradients(found, ctx.masters) if found else [None] * len(ctx.masters)
+    return grads[: len(grads) // 2], grads[len(grads) // 2 :]
 
 
 LIBRARY.impl("fused_linear", forward, "CPU")

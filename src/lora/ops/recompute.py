@@ -2,7 +2,8 @@
 
 The down projection's input is silu(gate) * up, the widest tensor of a layer. The node that made it keeps what it needs
 for its own backward pass, which runs after ours, since our dx feeds it. So x is made again from that, and each layer
-holds 2 n intermediate bytes less.
+holds 2 n intermediate bytes less. A backward pass through that node alone, before ours, frees it; ours then fails as
+every second backward pass through a graph does.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class Factors(NamedTuple):
         return (torch.nn.functional.silu(self.left) if self.silu else self.left) * self.right
 
 
-class Recipe(NamedTuple):
+class Remake(NamedTuple):
     """Where the factors of x are found during its consumer's backward pass."""
 
     node: Any
@@ -38,21 +39,27 @@ class Recipe(NamedTuple):
         return Factors(left.view(self.shape), right.view(self.shape), silu)
 
 
-def recipe(x: Tensor) -> Recipe | None:
+def remake(x: Tensor) -> Remake | None:
     """How to make x (n, K) again, or None where it must be saved.
 
-    Known are a product of two tensors of x's size, and Liger's SwiGLU. None also while tracing, and under saved-tensor
-    hooks (checkpointing, offload), where what a node holds may be read only once.
+    Known are a product of two tensors of x's size, and Liger's SwiGLU. None also while tracing; where x was changed in
+    place, which its node need not know; and under saved-tensor hooks (checkpointing, offload), now or when the node was
+    made, where what it holds may be read only once.
     """
     node: Any = x.grad_fn
+    if x.is_inference() or x._version:
+        return None
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     if node is None or type(x) is not Tensor or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     if node.name() == "MulBackward0":
+        if _hooked(node._raw_saved_self, node._raw_saved_other):
+            return None
         factors = node._saved_self, node._saved_other
     elif node.name() == "LigerSiLUMulFunctionBackward":
-        if any(getattr(node, name, 1.0) != 1.0 for name in ("gate_multiplier", "down_multiplier")):
+        multiplied = any(getattr(node, name, 1.0) != 1.0 for name in ("gate_multiplier", "down_multiplier"))
+        if multiplied or _hooked(*node._raw_saved_tensors):
             return None
         factors = node.saved_tensors
     else:
@@ -60,4 +67,9 @@ def recipe(x: Tensor) -> Recipe | None:
     fit = all(
         isinstance(f, Tensor) and f.numel() == x.numel() and f.dtype == x.dtype and f.is_contiguous() for f in factors
     )
-    return Recipe(node, x.shape) if fit and len(factors) == 2 else None
+    return Remake(node, x.shape) if fit and len(factors) == 2 else None
+
+
+def _hooked(*saved: Any) -> bool:
+    """Whether hooks packed one of a node's saved tensors; torch before 2.12 cannot tell, and fails loudly later."""
+    return any(getattr(tensor, "unpack_hook", None) is not None for tensor in saved)
