@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .errors import LoraError
 from .layers import LinearAdapters
 from .ops import summed_bias
+from .quantised_weights import Quantised
 from .report import MergedModule
 from .undo import Digest
-from .weights import FrozenWeight, Quantised
+from .weights import FrozenWeight
 
 INTO = ("nf4", "fp4", "int8")
 BLOCK = 1 << 22  # elements of a checksum at a time
