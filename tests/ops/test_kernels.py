@@ -159,3 +159,61 @@ def test_rows_of_any_stride_and_no_rows() -> None:
     assert close(outer_(poisoned(8, 341), g, x), g.double().t() @ x.double())
     shrink_(torch.empty(0, 8), x[:0], w, scales, None, 0, 1.0)
     assert not outer_(poisoned(8, 341), g[:0], x[:0]).any()
+
+
+class _Stream:
+    """In the place of a CUDA stream: the interpreter runs everything in order."""
+
+    def record_event(self) -> "_Stream":
+        return self
+
+    def wait_event(self, event: object) -> None: ...
+    def wait_stream(self, stream: object) -> None: ...
+
+
+@needs_interpreter
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("product_of_two", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_path_of_the_card_is_the_plain_one(
+    p: float, product_of_two: bool, quantised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All launches of a forward and a backward pass, with the rule and the streams of a Hopper card pretended."""
+    import contextlib
+
+    from lora.kernels import linear
+    from lora.ops import fused_forms
+    from lora.ops.fused_linear import fused_linear
+
+    for name, value in (
+        ("current_stream", lambda device=None: main),
+        ("stream", lambda s: contextlib.nullcontext()),
+        ("device_of", lambda t: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    main, side = _Stream(), _Stream()
+    monkeypatch.setattr(linear, "_side_stream", lambda device: side)
+    monkeypatch.setattr(linear, "SMALL", 4)
+    monkeypatch.setattr(linear, "fuses", lambda *tensors: True)
+    left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
+    weights = [(random(n, 256) / 16).half() for n in (64, 256)]
+    formats = ""
+    if quantised:
+        scales = [w.float().abs().amax(1) for w in weights]
+        codes = [(w / s[:, None] * 127).round().to(torch.int8) for w, s in zip(weights, scales, strict=True)]
+        weights = [t for pair in zip(codes, scales, strict=True) for t in pair]
+        formats = "int8:64x256;int8:256x256"
+    A = [[(random(r, 256) / 16).requires_grad_()] for r in (8, 5)]
+    B = [[random(n, r).requires_grad_()] for n, r in ((64, 8), (256, 5))]
+    seed = torch.tensor([123]) if p else None
+    leaves = [left, *([right] if product_of_two else []), *(t for group in (*A, *B) for t in group)]
+
+    def results(with_kernels: bool) -> list[Tensor]:
+        monkeypatch.setattr(fused_forms, "_in_triton", lambda x: with_kernels)
+        x = left * right if product_of_two else left * 1.0
+        ys = fused_linear(x, weights, None, A, B, [[2.0], [1.0]], p, seed, formats)
+        dys = [random(*y.shape).half() for y in ys]
+        return [*ys, *torch.autograd.grad(ys, leaves, dys)]
+
+    for mine, plain in zip(results(True), results(False), strict=True):
+        assert (mine.double() - plain.double()).norm() <= 2e-3 * plain.double().norm()
