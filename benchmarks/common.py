@@ -1,10 +1,16 @@
 """What the benchmarks share: interleaved timing, and rows to a CSV file."""
 
 import csv
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,3 +48,42 @@ def write_csv(name: str, rows: list[dict[str, object]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def quiet_peers(variant: str) -> None:
+    """The environment in which a peer's variant runs; Unsloth must be imported before transformers."""
+    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.gettempdir() + "/unsloth_compiled")
+    if "unsloth" in variant:
+        import unsloth  # noqa: F401
+
+
+def print_result(row: dict[str, Any]) -> None:
+    """What `in_processes` reads from the process of one variant."""
+    print("RESULT", json.dumps(row), flush=True)
+
+
+def in_processes(
+    script: str, variants: list[list[str]], shown: Callable[[dict[str, Any]], str], path: str | None, seconds: float
+) -> None:
+    """Run the script once for each list of arguments; print a line for each, and write the CSV file after each."""
+    rows: list[dict[str, Any]] = []
+    for arguments in variants:
+        name = " ".join(arguments)
+        try:
+            done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: no result in {seconds:.0f} s", flush=True)
+            continue
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{name}: failed\n{done.stderr[-1500:]}" if done.returncode else name, flush=True)
+            continue
+        rows.append(json.loads(found[0].removeprefix("RESULT ")))
+        notes = [line for line in done.stderr.splitlines() if line.startswith("gate:")]
+        print("\n  ".join([shown(rows[-1]), *notes]), flush=True)
+        if path:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)

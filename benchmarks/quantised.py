@@ -11,15 +11,14 @@ within twice the error of dequantise-then-torch in bf16 against float64, and two
 """
 
 import argparse
-import csv
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import in_processes, print_result, quiet_peers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {  # rows, tokens, r, targets
@@ -322,48 +321,32 @@ def graph_layers(model: Any, ids: Any) -> None:
     model.model = Graphed(torch.cuda.make_graphed_callables(Hidden(model.model), (ids,)))
 
 
+def shown(r: dict[str, Any]) -> str:
+    return (
+        f"{r['variant']:30} {r['ms']:8.1f} ms ({r['ms_p20']} to {r['ms_p80']})  {r['peak_gib']:6.2f} GiB  "
+        f"weights {r['weights_gib']}, A and B {r['adapters_gib']}, optimizer {r['optimizer_gib']}"
+    )
+
+
 def main() -> None:
     a = arguments()
-    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.gettempdir() + "/unsloth_compiled")
+    quiet_peers(a.one or "")
     if a.save:
         save(a.save)
         return
     if a.one:
-        if "unsloth" in a.one:
-            import unsloth  # noqa: F401  (it must come before transformers)
-        print("RESULT", json.dumps(measure(a)), flush=True)
+        print_result(measure(a))
         return
-    rows: list[dict[str, Any]] = []
+    chosen: list[list[str]] = []
     for variant in VARIANTS:
-        if (a.case and variant.split()[0] != a.case) or (a.only and a.only not in variant):
-            continue
-        steps = "4" if ("int8" in variant and "peft" in variant) or "70b" in variant else str(a.steps)
-        command = [sys.executable, __file__, "--one", variant, "--steps", steps]
         case = variant.split()[0]
-        try:
-            if "unsloth" in variant and not (folder_of(case) / "tokenizer.json").exists():
-                subprocess.run([sys.executable, __file__, "--save", case], capture_output=True, timeout=100, check=True)
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            print(f"{variant}: {error}\n{(error.stderr or b'')[-1500:]!r}", flush=True)
+        if (a.case and case != a.case) or (a.only and a.only not in variant):
             continue
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{variant}: failed\n{done.stderr[-1500:]}", flush=True)
-            continue
-        rows.append(json.loads(found[0].removeprefix("RESULT ")))
-        r = rows[-1]
-        print(
-            f"{variant:30} {r['ms']:8.1f} ms ({r['ms_p20']} to {r['ms_p80']})  {r['peak_gib']:6.2f} GiB  "
-            f"weights {r['weights_gib']}, A and B {r['adapters_gib']}, optimizer {r['optimizer_gib']}",
-            flush=True,
-        )
-        if a.csv:
-            with open(a.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(r))
-                writer.writeheader()
-                writer.writerows(rows)
+        if "unsloth" in variant and ["--save", "7b"] not in chosen:  # its folder serves 512 as well
+            chosen.append(["--save", "7b"])
+        slow = ("int8" in variant and "peft" in variant) or "70b" in variant
+        chosen.append(["--one", variant, "--steps", "4" if slow else str(a.steps)])
+    in_processes(__file__, chosen, shown, a.csv, seconds=100)
 
 
 if __name__ == "__main__":

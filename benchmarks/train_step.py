@@ -12,16 +12,14 @@ of float64 and repeat to the bit.
 
 import argparse
 import copy
-import csv
 import gc
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import in_processes, print_result, quiet_peers
 
 VARIANTS = [
     ["frozen+liger"],
@@ -212,38 +210,21 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shown(r: dict[str, Any]) -> str:
+    return (
+        f"{r['variant']:13} dropout {r['dropout']:<5} checkpointing {r['checkpointing']!s:5} {r['ms']:8.2f} ms "
+        f"({r['ms_p20']} to {r['ms_p80']})  {r['peak_gib']:6.2f} GiB"
+    )
+
+
 def main() -> None:
     a = arguments()
-    os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.gettempdir() + "/unsloth_compiled")
+    quiet_peers(a.one or "")
     if a.one:
-        if a.one == "unsloth":
-            import unsloth  # noqa: F401  (it must come before transformers)
-        print("RESULT", json.dumps(measure(a)), flush=True)
-        return
-    rows: list[dict[str, Any]] = []
-    for variant in VARIANTS:
-        if a.only and a.only not in " ".join(variant):
-            continue
-        command = [sys.executable, __file__, "--one", *variant]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{' '.join(variant)}: failed\n{done.stderr[-1500:]}", flush=True)
-            continue
-        rows.append(json.loads(found[0].removeprefix("RESULT ")))
-        r = rows[-1]
-        note = next((line for line in done.stderr.splitlines() if line.startswith("gate:")), "")
-        print(
-            f"{r['variant']:13} dropout {r['dropout']:<5} checkpointing {r['checkpointing']!s:5} {r['ms']:8.2f} ms "
-            f"({r['ms_p20']} to {r['ms_p80']})  {r['peak_gib']:6.2f} GiB  {note}",
-            flush=True,
-        )
-        if a.csv:
-            with open(a.csv, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(r))
-                writer.writeheader()
-                writer.writerows(rows)
+        print_result(measure(a))
+    else:
+        chosen = [["--one", *variant] for variant in VARIANTS if a.only is None or a.only in " ".join(variant)]
+        in_processes(__file__, chosen, shown, a.csv, seconds=170)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,8 @@ def test_two_active_adapters(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     assert distance({"y": logits}, {"y": model(tokens).logits}) < 0.02
 
 
-def test_a_whole_training_step_is_captured_in_a_cuda_graph(tokens: Tensor) -> None:
-    model = masters_fp32(build(dropout=0.1)).train()
-    twin = copy.deepcopy(model)
+def losses_of_a_captured_step(model: nn.Module, tokens: Tensor) -> list[float]:
+    """30 replays of a whole training step, AdamW and all, as one CUDA graph."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, capturable=True)
 
     def step() -> Tensor:
@@ -131,6 +130,13 @@ def test_a_whole_training_step_is_captured_in_a_cuda_graph(tokens: Tensor) -> No
     for _ in range(30):
         graph.replay()
         losses.append(loss.item())
+    return losses
+
+
+def test_a_whole_training_step_is_captured_in_a_cuda_graph(tokens: Tensor) -> None:
+    model = masters_fp32(build(dropout=0.1)).train()
+    twin = copy.deepcopy(model)
+    losses = losses_of_a_captured_step(model, tokens)
     assert losses[-1] < losses[0] - 0.3
     assert len(set(losses)) > 20
     pairs = zip(model.named_parameters(), twin.parameters(), strict=True)

@@ -10,7 +10,7 @@ import lora
 from conftest import tiny_llama
 from lora.layers.quantised import FEW
 from lora.weights import weight_of
-from test_gpu import distance, gradients, tokens  # noqa: F401  (a fixture)
+from test_gpu import distance, gradients, losses_of_a_captured_step, tokens  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.gpu
 KINDS = ["nf4", "fp4", "int8"]
@@ -147,27 +147,5 @@ def test_compile_fullgraph(tokens: Tensor) -> None:  # noqa: F811
 
 
 def test_a_whole_training_step_is_captured_in_a_cuda_graph(tokens: Tensor) -> None:  # noqa: F811
-    model = build("nf4").train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, capturable=True)
-
-    def step() -> Tensor:
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        return loss
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    losses = []
-    for _ in range(30):
-        graph.replay()
-        losses.append(loss.item())
+    losses = losses_of_a_captured_step(build("nf4").train(), tokens)
     assert losses[-1] < losses[0] - 0.3

@@ -5,6 +5,7 @@ and what they hold is read as tensors.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ Stored = tuple[list[Tensor], str]
 """The tensors that store a weight, and how: `str(ops.dequantise.Format)`, or "" for a plain matrix."""
 
 
-class Quantised:
+class Quantised(ABC):
     """What bitsandbytes' linears have in common: frozen for good, dequantised when used."""
 
     quantisation: str
@@ -35,19 +36,19 @@ class Quantised:
         return self.module.out_features, self.module.in_features
 
     @property
-    def dtype(self) -> torch.dtype:
-        raise NotImplementedError
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
 
-    def stored(self) -> Stored:
-        raise NotImplementedError
+    @abstractmethod
+    def stored(self) -> Stored: ...
 
+    @abstractmethod
     def attributes(self) -> dict[str, Any]:
         """The module's attributes that belong to the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantised(self, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """A parameter like the present one, and its attributes, of other values (out, in) fp32."""
-        raise NotImplementedError
 
     def install(self, parameter: Any, attributes: dict[str, Any]) -> None:
         """Give the module a parameter, quantised or plain, and its attributes, on the device where it is now."""
