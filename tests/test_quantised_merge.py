@@ -291,6 +291,47 @@ def test_a_merged_linear_fits_the_activations_and_not_the_norms(kind: str) -> No
     assert distance({"": model(tokens()).logits}, {"": want}) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_int8_net_with_norms_alone_is_merged_into_their_dtype(dtype: torch.dtype) -> None:
+    module = nn.Sequential(linear("int8", 64, 64, bias=False), nn.LayerNorm(64, dtype=dtype)).to("cpu")
+    lora.inject(module, r=4, targets=["0"])
+    lora.merge(module)
+    assert module(torch.randn(2, 64, dtype=dtype)).dtype == module[0].weight.dtype == dtype
+
+
+def test_an_int8_net_alone_is_merged_into_what_it_computed_with() -> None:
+    module = nn.Sequential(linear("int8", 64, 64, bias=False)).to("cpu")
+    lora.inject(module, r=4, targets=["0"])
+    module(torch.randn(2, 64))
+    lora.merge(module)
+    assert module[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_merged_model_that_was_cast_is_unmerged(kind: str) -> None:
+    model = lora.inject(net(kind), r=4, targets=["0", "2", "4"])
+    before = [p.detach().clone() for p in (model[0].weight, model[4].weight)]
+    lora.merge(randomize(model))
+    model.to(torch.float32)  # widened: nothing is lost, and nothing to say
+    lora.unmerge(model)
+    assert all(torch.equal(p, b) for p, b in zip((model[0].weight, model[4].weight), before, strict=True))
+    lora.merge(model)
+    model.half()
+    with pytest.warns(lora.LoraWarning, match="was cast while it was merged.*back to the bit"):
+        lora.unmerge(model)
+    assert all(torch.equal(p, b) for p, b in zip((model[0].weight, model[4].weight), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scales_that_changed_while_merged_are_noticed(kind: str) -> None:
+    model = lora.inject(net(kind), r=4, targets=["0"])
+    merge(randomize(model), into=kind, force=True)
+    weight = model[0].weight
+    (weight.SCB if kind == "int8" else weight.quant_state.absmax).mul_(2)
+    with pytest.raises(lora.LoraError, match="cannot be unmerged"):
+        lora.unmerge(model)
+
+
 def test_a_bias_of_another_dtype_is_merged_into_the_linears_and_comes_back() -> None:
     module = nn.Sequential(nn.Embedding(9, 64, dtype=torch.bfloat16), linear("nf4", 64, 128).to("cpu"))
     bias = module[1].bias

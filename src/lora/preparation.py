@@ -111,7 +111,7 @@ def prepared(root: nn.Module) -> str:
         parts.append("checkpointing" + (" with its inputs in host memory" if offloads else ""))
     plain = model_dtype(root)
     norms = {p.dtype for m in _norms(root) for p in m._parameters.values() if p is not None}
-    if norms == {torch.float32} and plain != torch.float32:
+    if norms == {torch.float32} and plain not in (None, torch.float32):
         parts.append("norms in float32")
     for name in output_heads(root):
         head = root.get_submodule(name)

@@ -5,7 +5,7 @@ The original weight is kept whole (it is a quarter or half of the 16-bit one), s
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,21 +32,33 @@ class Replaced:
     into: str | None
     merged_class: type[nn.Module] | None  # the module's class while merged; None for its own
     bias: Tensor | None  # the bias parameter, where the merge put another in its place
-    digest: int = 0  # of what the merge wrote and what it was made from
+    digest: int = 0  # of what the merge wrote and what it was made from, in these dtypes
+    dtypes: list[torch.dtype] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         return int(self.parameter.nbytes) + (0 if self.bias is None else self.bias.nbytes)
 
 
-def merge_digest(host: nn.Module, adapters: LinearAdapters) -> int:
-    """A checksum of a merged host's weight and bias, and of A and B: nothing of it may change before the unmerge."""
+def merge_digest(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> int:
+    """A checksum of a merged host's weight and bias, and of A and B, in the dtypes that they had at the merge: nothing
+    of it may change before the unmerge."""
     digest = Digest()
-    mine = [host._parameters["weight"], host._parameters["bias"]]
-    for tensor in (*mine, *(p for term in adapters.terms for p in term.parameters())):
-        for block in () if tensor is None else tensor.detach().reshape(-1).split(BLOCK):  # type: ignore[no-untyped-call]
+    for tensor, dtype in zip(_written(host, adapters, undo), undo.dtypes, strict=True):
+        for block in tensor.detach().to(dtype).reshape(-1).split(BLOCK):  # type: ignore[no-untyped-call]
             digest.add(block)
     return digest.value
+
+
+def was_cast(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> bool:
+    """Whether something of a merged host has another dtype than at the merge, so that its values cannot be known."""
+    return [t.dtype for t in _written(host, adapters, undo)] != undo.dtypes
+
+
+def _written(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> list[Tensor]:
+    weight = [host._parameters["weight"]] if undo.into is None else adapters.frozen.stored()[0]
+    found = [*weight, host._parameters["bias"], *(p for term in adapters.terms for p in term.parameters())]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def check_into(name: str, host: nn.Module, adapters: LinearAdapters, into: str | None) -> None:
@@ -104,7 +116,8 @@ def merge_quantised(
         change, exact = (merged.float() - before).double(), update.double()
         along, norm, lost = ((change * exact).sum(), exact.square().sum(), (change - exact).square().sum())
         kept, noise = ((along / norm).item(), math.sqrt((lost / norm).item())) if norm else (1.0, 0.0)
-        undo.digest = merge_digest(host, adapters)
+        undo.dtypes = [t.dtype for t in _written(host, adapters, undo)]
+        undo.digest = merge_digest(host, adapters, undo)
     except BaseException:
         put_back(host, frozen, undo)
         raise

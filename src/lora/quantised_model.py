@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .layers.base import base_modules
 from .layers.quantised import is_quantised
@@ -74,12 +74,11 @@ def forget_reading(root: Any) -> None:
 
 
 def model_dtype(root: nn.Module) -> torch.dtype | None:
-    """The dtype of a model's activations, as far as one can tell: of its first matrix that is not quantised, and where
-    there is none, of its first other parameter. Norms do not count, which may be held in more bits."""
-    found: list[Tensor] = []
+    """The dtype of a model's activations, as far as its parameters tell: 16 bits where any that is not quantised has 16
+    bits, since norms, heads and biases may be held in more, and no float32 model holds any in less."""
+    dtypes = []
     for _, module in base_modules(root):
         names = ["bias"] if is_quantised(module) else list(module._parameters)
-        if "Norm" not in type(module).__name__:
-            found += [p for p in map(module._parameters.get, names) if p is not None and p.is_floating_point()]
-    first = next((p for p in found if p.dim() > 1), found[0] if found else None)
-    return None if first is None else first.dtype
+        found = [module._parameters.get(name) for name in names]
+        dtypes += [p.dtype for p in found if p is not None and p.is_floating_point()]
+    return next((dtype for dtype in dtypes if dtype.itemsize == 2), dtypes[0] if dtypes else None)

@@ -102,11 +102,24 @@ def test_torch_jit_trace() -> None:
 
 
 @pytest.mark.parametrize("linear_loss", [True, False])
-def test_second_derivatives_are_refused(linear_loss: bool) -> None:
+@pytest.mark.parametrize("quantised", [True, False])
+def test_second_derivatives_are_refused_where_they_are_taken(linear_loss: bool, quantised: bool) -> None:
     gate, _ = factors()
-    y = ours(gate, *parts())
+    W, A, B = parts()
+    if quantised:
+        codes = torch.full((10, 12), 3, dtype=torch.int8), torch.rand(10)
+        y = fused_linear(gate, list(codes), None, [[]], [[]], [[]], formats="int8:10x12")[0]
+    else:
+        y = ours(gate, W, A, B)
+    head = torch.ones(10, requires_grad=True)
+    loss = (y @ head).sum() if linear_loss else (y @ head).square().sum()
+    through_head, through_ours = torch.autograd.grad(loss, [head, gate], create_graph=True)
+    assert through_ours.isfinite().all()
     with pytest.raises(LoraError, match="second derivatives .create_graph=True. do not pass"):
-        torch.autograd.grad(y.sum() if linear_loss else y.square().sum(), gate, create_graph=True)
+        through_ours.square().sum().backward(retain_graph=True)
+    if linear_loss:
+        through_head.square().sum().backward()  # which differentiates y, once
+        assert gate.grad is not None
 
 
 def test_two_backward_passes_and_gradients_of_a_part() -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import LoraError
 from .fused_forms import backward, frozen_backward, hidden, products
@@ -29,19 +28,36 @@ def is_plain(x: Tensor) -> bool:
 
 
 def once(function: Callable[..., Any]) -> Any:
-    """A backward pass that has no derivative of its own, and says so when it is asked to have one."""
-    silent = once_differentiable(function)
+    """A backward pass that has no derivative of its own, and says so when a second derivative reaches it."""
 
     @wraps(function)
     def loud(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise LoraError(
-                "model: second derivatives (create_graph=True) do not pass through the fused linears; run the model in "
-                "float32, or in lora.disabled(model), where they are wanted"
-            )
-        return silent(ctx, *grads)
+        with torch.no_grad():
+            found = list(function(ctx, *grads))
+        if torch.is_grad_enabled():  # create_graph=True
+            places = [i for i, value in enumerate(found) if value is not None]
+            start = torch.empty(0, requires_grad=True)
+            ends = _End.apply(start, *(found[i] for i in places))  # type: ignore[no-untyped-call]
+            for i, value in zip(places, ends, strict=True):
+                found[i] = value
+        return tuple(found)
 
     return loud
+
+
+class _End(torch.autograd.Function):
+    """Gradients as they are; whoever differentiates them is told that it cannot be done."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.clone() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise LoraError(
+            "model: second derivatives (create_graph=True) do not pass through fused and quantised linears; "
+            "lora.merge(model) makes plain linears of them, which have them"
+        )
 
 
 class Call(NamedTuple):
@@ -101,9 +117,9 @@ class Products(torch.autograd.Function):
         dys = filled(grads, ctx.targets)
         if not dys:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.versions != _versions(weights):
-            raise LoraError("model: a frozen weight was changed after the forward pass; run that again, then backward")
         needs_x, *needs = ctx.needs_input_grad[2:]
+        if needs_x and ctx.versions != _versions(weights):
+            raise LoraError("model: a weight was changed after the forward pass; run that again, then backward")
         needs_w, needs_b, _, _ = _parts(needs, call.sizes)
         grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
         if call.source is None:
