@@ -62,3 +62,11 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         return t.data_ptr() + (last + 1) * t.element_size()
 
     return one.data_ptr() < end(other) and other.data_ptr() < end(one)
+
+
+def changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:
+    was = "" if before is None else f"was {before} and "
+    return LoraError(
+        f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
+        f"cast; it {was}is {dtype}). Put the values back, or load the base model again"
+    )

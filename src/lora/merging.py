@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters, WholeAdapters
 from .layers.base import hosts, refresh
-from .merge_checks import Place, check_finite, check_places
+from .merge_checks import Place, changed, check_finite, check_places
 from .ops import low_rank_product, summed_bias
-from .quantised_merge import INTO, Replaced, check_into, leave, merge_digest, merge_quantised, put_back, was_cast
+from .quantised_merge import INTO, Replaced, check_into, check_unchanged, leave, merge_quantised, put_back
 from .quantised_model import forget_quantisation, model_dtype
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
@@ -176,7 +176,7 @@ def _unmerge_host(place: Place, swapped: set[int]) -> None:
     else:
         assert isinstance(adapters, LinearAdapters)
         if adapters.quantised:
-            _check_unchanged(name, host, adapters)
+            check_unchanged(name, host, adapters)
             put_back(host, adapters.frozen, adapters.undo)
         else:
             _unmerge_linear(name, host, adapters)
@@ -231,30 +231,8 @@ def _unmerge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> Non
             old_rows.append((rows, merged[rows].clone()))
             new_rows.append((rows, new))
     if digest.value != undo.digest:
-        raise _changed(name, merged.dtype, undo.dtype)
+        raise changed(name, merged.dtype, undo.dtype)
     _write_all(host, adapters, new_rows, undo.bias, otherwise=(old_rows, undo.merged_bias))
-
-
-def _check_unchanged(name: str, host: nn.Module, adapters: LinearAdapters) -> None:
-    """Refuse to throw away what was done to a merged quantised layer; one that was cast can only be warned of."""
-    if adapters.undo.digest == merge_digest(host, adapters, adapters.undo):
-        return
-    if not was_cast(host, adapters, adapters.undo):
-        raise _changed(name, adapters.frozen.parameter.dtype, None)
-    warnings.warn(
-        f"unmerge: {name!r} was cast while it was merged, so whether it also changed cannot be seen; its quantised "
-        "weight is back to the bit",
-        LoraWarning,
-        stacklevel=2,
-    )
-
-
-def _changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:
-    was = "" if before is None else f"was {before} and "
-    return LoraError(
-        f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
-        f"cast; it {was}is {dtype}). Put the values back, or load the base model again"
-    )
 
 
 def _way_back(merged: Tensor, update: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The original weight is kept whole (it is a quarter or half of the 16-bit one), s
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import LoraError
+from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters
+from .merge_checks import changed
 from .ops import summed_bias
 from .quantised_weights import Quantised
 from .report import MergedModule
@@ -59,6 +61,20 @@ def _written(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> list[
     weight = [host._parameters["weight"]] if undo.into is None else adapters.frozen.stored()[0]
     found = [*weight, host._parameters["bias"], *(p for term in adapters.terms for p in term.parameters())]
     return [tensor for tensor in found if tensor is not None]
+
+
+def check_unchanged(name: str, host: nn.Module, adapters: LinearAdapters) -> None:
+    """Refuse to throw away what was done to a merged quantised layer; one that was cast can only be warned of."""
+    if adapters.undo.digest == merge_digest(host, adapters, adapters.undo):
+        return
+    if not was_cast(host, adapters, adapters.undo):
+        raise changed(name, adapters.frozen.parameter.dtype, None)
+    warnings.warn(
+        f"unmerge: {name!r} was cast while it was merged, so whether it also changed cannot be seen; its quantised "
+        "weight is back to the bit",
+        LoraWarning,
+        stacklevel=2,
+    )
 
 
 def check_into(name: str, host: nn.Module, adapters: LinearAdapters, into: str | None) -> None:
