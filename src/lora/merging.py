@@ -19,6 +19,7 @@ from .quantised_model import forget_quantisation, model_dtype
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
 from .undo import Digest, LinearUndo, Patch, row_blocks
+from .weights import Dense
 
 KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
@@ -250,16 +251,18 @@ def _write_all(
     otherwise: tuple[list[tuple[slice, Tensor]], Tensor | None],
 ) -> None:
     """Write the rows of the weight and the bias; where that fails or is interrupted, write the other ones back."""
+    frozen = adapters.frozen
+    assert isinstance(frozen, Dense)
     try:
         if bias is not None:
             host.get_parameter("bias").copy_(bias)
         for place, values in rows:
-            adapters.frozen.write_(place, values)
+            frozen.write_(place, values)
     except BaseException:
         if otherwise[1] is not None:
             host.get_parameter("bias").copy_(otherwise[1])
         for place, values in otherwise[0]:
-            adapters.frozen.write_(place, values)
+            frozen.write_(place, values)
         raise
 
 

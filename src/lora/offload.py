@@ -1,8 +1,7 @@
 """Checkpointing whose saved inputs wait in pinned host memory: a layer keeps nothing on the GPU between its passes.
 
 The copy out runs on a stream of its own while the layer computes; in the backward pass each input is fetched while the
-layer after it computes. So a layer must not change its input in place. At 8192 x 4096 in bf16 an input is 67 MB: 1.2 ms
-over PCIe 5, where a layer takes 4 and more.
+layer after it computes. So a layer must not change its input in place.
 """
 
 import weakref

@@ -37,10 +37,6 @@ class Replaced:
     digest: int = 0  # of what the merge wrote and what it was made from, in these dtypes
     dtypes: list[torch.dtype] = field(default_factory=list)
 
-    @property
-    def nbytes(self) -> int:
-        return int(self.parameter.nbytes) + (0 if self.bias is None else self.bias.nbytes)
-
 
 def merge_digest(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> int:
     """A checksum of a merged host's weight and bias, and of A and B, in the dtypes that they had at the merge: nothing

@@ -63,9 +63,6 @@ class Quantised(ABC):
     def at(self, row: int, column: int) -> Tensor:
         return element(*self.stored(), row, column, torch.float32)
 
-    def write_(self, rows: slice, values: Tensor) -> None:
-        raise NotImplementedError("a quantised weight is replaced whole, never written")
-
 
 class FourBit(Quantised):
     """bitsandbytes' Linear4bit: NF4 or FP4 (Dettmers et al., 2023, arXiv:2305.14314), absmax nested or not."""

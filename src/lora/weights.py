@@ -45,9 +45,6 @@ class FrozenWeight(Protocol):
     def at(self, row: int, column: int) -> Tensor:
         """One element, 0-dim; in fp32 where it is dequantised."""
 
-    def write_(self, rows: slice, values: Tensor) -> None:
-        """Put `values` (n, in) in place of some rows, in the storage's dtype; not for a quantised weight."""
-
 
 class Dense:
     """nn.Linear: stored as (out, in)."""
@@ -86,6 +83,7 @@ class Dense:
         return self.dense()[row, column]
 
     def write_(self, rows: slice, values: Tensor) -> None:
+        """Put `values` (n, in) in place of some rows, in the storage's dtype."""
         with torch.no_grad():
             self.dense()[rows].copy_(values)
 

@@ -17,7 +17,8 @@ from .product import product
 from .shrink import shrink_
 
 SMALL = 2048
-"""Rows under which a call is bound by its launches: cuBLAS's are the quickest, and a second stream only costs more."""
+"""Rows under which a call is taken to be bound by its launches: cuBLAS's are the quickest, and a second stream only
+costs more. At 512 rows a step is so by far (measured); this bound itself is an estimate, a launch against 17 MB."""
 
 THIN = 64, 32
 """Ranks up to which our shrink and outer beat cuBLAS (measured at 16, 64, 128); under dropout they always run."""
@@ -49,7 +50,6 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
 class Weights(Protocol):
     """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
 
-    def __len__(self) -> int: ...
     def __getitem__(self, target: int) -> Tensor: ...
     def shape(self, target: int) -> tuple[int, int]: ...
 

@@ -1,6 +1,5 @@
 """When a linear runs as one fused operator, and which linears of one input run together."""
 
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import add_updates_, as_dtype, summed_bias
+from ..ops.dequantise import has_triton
 from ..ops.fused_linear import fused_linear
 from .base import adapters_of
 from .quantised import by_bitsandbytes, frozen_product
@@ -25,7 +25,7 @@ SHARED_INPUT = (
 
 
 DEVICES = ("cuda",)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = has_triton()  # a constant, so that a traced call need not ask
 DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -27,9 +27,6 @@ class Matrices:
         self.tensors, self.dtype = tensors, dtype
         self.formats = formats.split(";") if formats else []
 
-    def __len__(self) -> int:
-        return len(self.formats) or len(self.tensors)
-
     def shape(self, target: int) -> tuple[int, int]:
         """(out, in)"""
         if self.formats:

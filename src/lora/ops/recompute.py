@@ -71,5 +71,5 @@ def remake(x: Tensor) -> Remake | None:
 
 
 def _hooked(*saved: Any) -> bool:
-    """Whether hooks packed one of a node's saved tensors; torch before 2.12 cannot tell, and fails loudly later."""
+    """Whether hooks packed one of a node's saved tensors. A torch that does not show them fails loudly in backward."""
     return any(getattr(tensor, "unpack_hook", None) is not None for tensor in saved)
