@@ -72,8 +72,9 @@ def in_processes(
         name = " ".join(arguments)
         try:
             done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: no result in {seconds:.0f} s", flush=True)
+        except subprocess.TimeoutExpired as late:
+            said = (late.stderr or b"").decode(errors="replace")
+            print(f"{name}: no result in {seconds:.0f} s\n{said[-1500:]}", flush=True)
             continue
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not found:

@@ -230,9 +230,12 @@ def variants(case: Case) -> dict[str, Callable[[int], object]]:
 
 
 def passes(case: Case) -> dict[str, float]:
-    """Achieved TB/s of each bandwidth-bound kernel, over the bytes of its tall operand, for the first target."""
-    from lora.kernels.outer import outer_
-    from lora.kernels.shrink import shrink_
+    """Achieved TB/s of each bandwidth-bound pass, over the bytes of its tall operand, for the first target.
+
+    dy is counted once, also at the ranks where cuBLAS reads it a second time.
+    """
+    from lora.kernels import linear
+    from lora.kernels.gradients import gradients_
 
     x, dy, r, p = [t.detach() for t in case.xs], [d[0] for d in case.dys], case.A[0].shape[0], case.dropout
     a, b = case.A[0].detach().to(DTYPE), case.B[0].detach().to(DTYPE)
@@ -240,13 +243,19 @@ def passes(case: Case) -> dict[str, float]:
     dA, dB = torch.empty(a.shape, device=DEVICE), torch.empty(b.shape, device=DEVICE)
     scales = torch.full((r,), SCALING, device=DEVICE)
     seed = draw_seed(torch.device(DEVICE)) if p else None
+
+    def dy_passes(i: int) -> None:
+        if r <= linear.OUTER_RANKS:
+            return gradients_(g, dB, dy[i], h, b, scales, 1.0)
+        linear._shrink_(g, dy[i], b.t(), scales, 1.0, None, 0)
+        linear._outer_(dB, dy[i], h)
+
     runs = {
-        "xA": lambda i: shrink_(h, x[i], a, scales, seed, threshold(p), inverse_keep(p)),
-        "dyB": lambda i: shrink_(g, dy[i], b.t(), scales, None, 0, 1.0),
-        "dA": lambda i: outer_(dA, g, x[i], seed, threshold(p)),
-        "dB": lambda i: outer_(dB.t(), h, dy[i]),
+        "xA": lambda i: linear._shrink_(h, x[i], a, scales, inverse_keep(p), seed, threshold(p)),
+        "dyB_dB": dy_passes,
+        "dA": lambda i: linear._outer_(dA, g, x[i], seed, threshold(p)),
     }
-    tall = {"xA": x[0], "dyB": dy[0], "dA": x[0], "dB": dy[0]}
+    tall = {"xA": x[0], "dyB_dB": dy[0], "dA": x[0]}
     return {name: tall[name].numel() * 2 / t / 1e6 for name, t in race(runs, calls=8, heat=0.05).items()}
 
 

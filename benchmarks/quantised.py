@@ -346,7 +346,7 @@ def main() -> None:
             chosen.append(["--save", "7b"])
         slow = ("int8" in variant and "peft" in variant) or "70b" in variant
         chosen.append(["--one", variant, "--steps", "4" if slow else str(a.steps)])
-    in_processes(__file__, chosen, shown, a.csv, seconds=100)
+    in_processes(__file__, chosen, shown, a.csv, seconds=150)
 
 
 if __name__ == "__main__":

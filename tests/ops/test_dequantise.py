@@ -243,7 +243,7 @@ def test_compiles_whole(kind: str, block: int, nested: int) -> None:
 def test_parts_that_do_not_fit_are_named(kind: str, block: int, nested: int) -> None:
     parts, form = made(kind, (9, 41), block, nested)
     for wrong in (parts[:-1], [*parts, parts[0]], [parts[0], parts[1][1:], *parts[2:]], [parts[0], *parts[:-1]]):
-        with pytest.raises(RuntimeError, match="allowed for"):
+        with pytest.raises(LoraError, match="allowed for"):
             dequantise(wrong, form, torch.float32)
 
 

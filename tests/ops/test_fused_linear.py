@@ -256,17 +256,29 @@ CARD = list(itertools.product((torch.bfloat16, torch.float16, torch.float32), (0
 @pytest.mark.parametrize("rank", [1, 7, 16, 24, 64, 200])
 @pytest.mark.parametrize(("dtype", "p"), CARD)
 @pytest.mark.parametrize(
-    ("rows", "width", "outs"), [(63, 341, (63,)), (512, 341, (100, 63)), (2048, 1024, (2048, 1024))]
+    ("rows", "width", "outs", "small"),
+    [
+        (63, 341, (63,), 2048),
+        (63, 341, (63,), 0),
+        (500, 341, (100, 63), 0),
+        (2100, 341, (2600,), 2048),
+        (2048, 1024, (2048, 1024), 2048),
+    ],
 )
 def test_on_the_card(
     rows: int,
     width: int,
     outs: tuple[int, ...],
+    small: int,
     dtype: torch.dtype,
     p: float,
     rank: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`small`: the rows under which the kernels leave a call to cuBLAS; 0 has them run on odd sizes."""
+    from lora.kernels import linear
+
+    monkeypatch.setattr(linear, "SMALL", small)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     args = problem(
         rows, width, outs, tuple((rank, 5) if i == 0 else (rank,) for i, _ in enumerate(outs)), dtype, device="cuda"

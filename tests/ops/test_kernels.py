@@ -88,7 +88,29 @@ def test_shrink_and_outer(shape: tuple[int, int], rank: int, dtype: torch.dtype,
     truth = g.double().t() @ dropped
     assert close(outer_(poisoned(rank, columns), g, x, seed, limit), truth)
     config = {"BN": 32, "BR": 16, "SPLITS": 2, "warps": 4, "stages": 2}
-    assert close(outer_(poisoned(columns, rank).t(), g, x, seed, limit, config), truth)
+    assert close(outer_(poisoned(rank, columns), g, x, seed, limit, config), truth)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 7, 16, 24, 32])
+@pytest.mark.parametrize("shape", [(63, 341), (130, 1030), (5, 256), (1, 1)])
+def test_gradients(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> None:
+    from lora.kernels.gradients import gradients_
+
+    rows, columns = shape
+    dy, h, b = (random(*s).to(dtype) for s in ((rows, columns), (rows, rank + 8), (columns, rank)))
+    h, scales = h[:, 8:], random(rank)
+    g_truth = dy.double() @ b.double() * scales.double() * 1.25
+    dB_truth = dy.double().t() @ h.double()
+    small = {"BM": 16, "BC": 128, "BR": max(16, 1 << (rank - 1).bit_length()), "programs": 40, "warps": 4, "stages": 2}
+    for config in (None, small):  # small: up to nine blocks of columns and four slabs of rows
+        g, dB = poisoned(rows, rank + 5, dtype=dtype), poisoned(columns, rank)
+        gradients_(g[:, 3 : rank + 3], dB, dy, h, b, scales, 1.25, config)
+        assert close(g[:, 3 : rank + 3], g_truth)
+        assert close(dB, dB_truth)
+        assert g[:, :3].isnan().all()
+        assert g[:, rank + 3 :].isnan().all()
 
 
 @needs_interpreter

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tuning import cdiv
+
 # WORDS: 32-bit words of eight weights a program; COLUMNS: weights of a row a program. Measured on one H200. Two to four
 # words a thread are in flight together: the loads of one alone would not cover the memory's latency.
 FOUR_BIT = {"WORDS": 256, "warps": 4}
@@ -124,7 +126,7 @@ def dequantise_4bit_(
     packed, absmax, code, *rest = parts
     absmax2, code2, offset = rest if nested else (None, None, None)
     even = n % (words * 8) == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
-    dequantise_4bit_kernel[(triton.cdiv(n, words * 8),)](
+    dequantise_4bit_kernel[(cdiv(n, words * 8),)](
         packed[: n // 2].view(torch.int32) if even else packed, absmax, code, absmax2, code2, offset, out, n,
         BLOCK=block, NESTED=nested, WORDS=words, EVEN=even,
         num_warps=config["warps"], enable_fp_fusion=False,
@@ -138,7 +140,7 @@ def dequantise_int8_(out: Tensor, codes: Tensor, scales: Tensor, config: dict[st
     if out.numel() == 0:
         return out
     config = config or INT8
-    chunks = triton.cdiv(columns, config["COLUMNS"])
+    chunks = cdiv(columns, config["COLUMNS"])
     dequantise_int8_kernel[(rows * chunks,)](
         codes, scales, out, columns, chunks,
         COLUMNS=config["COLUMNS"], num_warps=config["warps"], enable_fp_fusion=False,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import tile_mask
+from .tuning import cdiv, power_of_two
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -42,9 +43,9 @@ def expand_(out: Tensor, g: Tensor, a: Tensor, seed: Tensor, threshold: int) -> 
     (n, columns), rank = out.shape, a.shape[0]
     if n == 0:
         return out
-    expand_kernel[triton.cdiv(n, 64), triton.cdiv(columns, 256)](
+    expand_kernel[cdiv(n, 64), cdiv(columns, 256)](
         g, a, seed, out, n, columns, rank, g.stride(0), a.stride(0), out.stride(0), threshold,
-        BM=64, BR=min(64, max(16, triton.next_power_of_2(rank))),
+        BM=64, BR=min(64, power_of_two(rank)),
         PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

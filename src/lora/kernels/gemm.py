@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import gemm_config
+from .tuning import cdiv, gemm_config
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def gemm_(
     config = config or gemm_config()
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     describe = TensorDescriptor.from_tensor
-    tiles = triton.cdiv(n, bm) * triton.cdiv(width, bn)
+    tiles = cdiv(n, bm) * cdiv(width, bn)
     programs = min(_programs(x.device), tiles)
     gemm_kernel[(programs,)](
         describe(x, [bm, bk]), describe(w, [bk, bn]), describe(h, [bm, bk]), describe(b, [bk, bn]),

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from .expand import expand_
 from .gemm import can_describe, gemm_
+from .gradients import gradients_
 from .outer import outer_
 from .product import product
 from .shrink import shrink_
 
 SMALL = 2048
 """Rows under which a call is taken to be bound by its launches: cuBLAS's are the quickest, and a second stream only
-costs more. At 512 rows a step is so by far (measured); this bound itself is an estimate, a launch against 17 MB."""
+costs more. Measured as CUDA graphs, r = 16: our kernels and two streams are 2 to 7 % ahead at 2048 rows, 8 % ahead to
+even at 1024, 8 % ahead to 6 % behind at 512; without a graph Python's launches take longer than any of them."""
 
-THIN = 64, 32
-"""Ranks up to which our shrink and outer beat cuBLAS (measured at 16, 64, 128); under dropout they always run."""
+SHRINK_RANKS, OUTER_RANKS = 64, 32
+"""Ranks up to which our shrink, and our outer and gradients, beat cuBLAS (measured at 16, 32, 64 and 128); under
+dropout shrink and outer always run."""
 
 
 @functools.cache
@@ -99,18 +102,23 @@ def backward(
     """
     columns = segments(B)
     g = _thin(x, A.shape[0])  # scales * inv_keep * dy B, (n, R)
-    for dy, b, part in zip(dys, B, columns, strict=True):
-        _shrink_(g[:, part], dy, b.t(), scales[part], inv_keep, None, 0)
-    g = g[:, : A.shape[0]]
     dA = torch.empty(A.shape, device=x.device, dtype=torch.float32)
     dBs = [torch.empty(b.shape, device=x.device, dtype=torch.float32) for b in B]
+    later = []
+    for dy, b, dB, part in zip(dys, B, dBs, columns, strict=True):
+        if x.shape[0] >= SMALL and b.shape[1] <= OUTER_RANKS:
+            gradients_(g[:, part], dB, dy, h[:, part], b, scales[part], inv_keep)
+        else:
+            _shrink_(g[:, part], dy, b.t(), scales[part], inv_keep, None, 0)
+            later.append((dB, dy, h[:, part]))
+    g = g[:, : A.shape[0]]
     dx = torch.empty_like(x) if needs_dx else None
     main = torch.cuda.current_stream(x.device)
     side = main if x.shape[0] < SMALL else _side_stream(x.device)
     ready = main.record_event() if side is not main else None
     if dx is not None:
         _dx_(dx, dys, weights, g, A, seed, threshold)
-    # Under the large products, whose last wave of tiles leaves a quarter of the card idle; what is made again here
+    # Beside the large products, whose last wave of tiles leaves a quarter of the card idle; what is made again here
     # stays with this stream, so that its memory is not given away before it is read.
     with torch.cuda.stream(side) if ready is not None else contextlib.nullcontext():
         if ready is not None:
@@ -118,8 +126,8 @@ def backward(
         if factor is not None:
             x = product(x, factor, silu)
         _outer_(dA, g, x, seed, threshold)
-        for dy, dB, part in zip(dys, dBs, columns, strict=True):
-            _outer_(dB, dy, h[:, part])
+        for dB, dy, part_of_h in later:
+            _outer_(dB, dy, part_of_h)
     if ready is not None:
         main.wait_stream(side)
     return [dA, *dBs] + ([dx] if dx is not None else [])
@@ -154,20 +162,18 @@ def _shrink_(
     out: Tensor, x: Tensor, w: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
 ) -> None:
     """out = scales * inv_keep * dropout(x) w^T; cuBLAS for few rows and for many ranks."""
-    if seed is None and (x.shape[0] < SMALL or w.shape[0] > THIN[0]):
+    if seed is None and (x.shape[0] < SMALL or w.shape[0] > SHRINK_RANKS):
         torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
     else:
         shrink_(out, x, w, scales, seed, threshold, inv_keep)
 
 
 def _outer_(out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0) -> None:
-    """out = p^T dropout(x) in fp32, one of the two thin; the mask is for x."""
-    if seed is None and p.shape[0] and (p.shape[0] < SMALL or min(out.shape) > THIN[1]):
+    """out = p^T dropout(x) in fp32; cuBLAS for few rows and where p is not thin."""
+    if seed is None and p.shape[0] and (p.shape[0] < SMALL or p.shape[1] > OUTER_RANKS):
         torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
-    elif p.shape[1] <= x.shape[1] or seed is not None:
-        outer_(out, p, x, seed, threshold)
     else:
-        outer_(out.t(), x, p)
+        outer_(out, p, x, seed, threshold)
 
 
 def _thin(x: Tensor, rank: int) -> Tensor:

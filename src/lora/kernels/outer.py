@@ -1,6 +1,6 @@
 # mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
 # Triton is optional and a kernel is a program in its own language: neither carries Python types.
-"""A sum over rows with a thin result: dA = g^T dropout(x), and dB = dy^T h. Bound by one read of the wide operand."""
+"""A sum over rows with a thin result: dA = g^T dropout(x). Bound by one read of x."""
 
 import torch
 import triton
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from .dropout import load_group
 from .reduce import reduce_
-from .tuning import outer_config
+from .tuning import cdiv, outer_config
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def outer_kernel(
     p_ptr, x_ptr, seed_ptr, out_ptr,
-    n, columns, rank, p_stride, x_stride, out_stride_r, out_stride_k, split_stride, slab, threshold,
+    n, columns, rank, p_stride, x_stride, slab, threshold,
     DROPOUT: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[s] = P^T (mask * x) over one slab of rows; each program 256 columns, BR ranks, one slab.
 
-    P (n, R), x (n, K), out (S, R, K) or (S, K, R) fp32 by its strides. Reads 2 n K bytes and writes 4 S R K: the
-    slabs are long, so that the partial sums stay small; 67 MB at 8192 x 4096: 16 us.
+    P (n, R), x (n, K), out (S, R, K) fp32. Reads 2 n K bytes and writes 4 S R K: the slabs are long, so that the
+    partial sums stay small; 67 MB at 8192 x 4096: 16 us.
     """
     group = tl.program_id(0)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -35,7 +35,7 @@ def outer_kernel(
         p = tl.load(p_ptr + rows.to(tl.int64) * p_stride + ranks[None, :], mask=row_mask & rank_mask, other=0.0)
         x = load_group(x_ptr, rows, x_stride, row_mask, group, columns, seed_ptr, threshold, DROPOUT, EVEN)
         acc = tl.dot(tl.trans(p), x, acc, input_precision=PRECISION)
-    out = out_ptr + split.to(tl.int64) * split_stride + ranks[:, None] * out_stride_r + cols * out_stride_k
+    out = out_ptr + (split.to(tl.int64) * rank + ranks[:, None]) * columns + cols
     tl.store(out, acc, mask=(ranks[:, None] < rank) & (cols < columns))
 
 
@@ -43,7 +43,7 @@ def outer_(
     out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0,
     config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write p^T dropout(x) into out, (R, K) fp32 and contiguous, or a (K, R) contiguous tensor's transpose.
+    """Write p^T dropout(x) into out, (R, K) fp32 and contiguous.
 
     Args:
         p: (n, R), unit column stride, already times 1 / (1 - p) where there is dropout; x: (n, K), unit column stride.
@@ -53,19 +53,16 @@ def outer_(
         return out.zero_()
     config = config or outer_config(x, rank, seed is not None)
     bn, br = config["BN"], config["BR"]
-    flat = out if out.is_contiguous() else out.t()  # as it lies in memory
-    assert flat.is_contiguous()
-    slab = triton.cdiv(triton.cdiv(n, config["SPLITS"]), bn) * bn
-    splits = triton.cdiv(n, slab)
-    partial = flat[None] if splits == 1 else torch.empty(splits, *flat.shape, device=x.device, dtype=torch.float32)
-    strides = partial.stride()[1:] if flat is out else partial.stride()[:0:-1]
-    outer_kernel[triton.cdiv(columns, 256), triton.cdiv(rank, br), splits](
+    slab = cdiv(cdiv(n, config["SPLITS"]), bn) * bn
+    splits = cdiv(n, slab)
+    partial = out if splits == 1 else torch.empty(splits, rank, columns, device=x.device, dtype=torch.float32)
+    outer_kernel[cdiv(columns, 256), cdiv(rank, br), splits](
         p, x, seed, partial,
-        n, columns, rank, p.stride(0), x.stride(0), *strides, partial.stride(0), slab, threshold,
+        n, columns, rank, p.stride(0), x.stride(0), slab, threshold,
         DROPOUT=seed is not None, EVEN=columns % 256 == 0, BN=bn, BR=br,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     if splits > 1:
-        reduce_(flat.view(1, -1), partial.view(splits, 1, -1))
+        reduce_(out.view(1, -1), partial.view(splits, 1, -1))
     return out

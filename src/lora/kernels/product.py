@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tuning import cdiv
+
 
 @triton.jit
 def product_kernel(left_ptr, right_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
@@ -28,7 +30,5 @@ def product_kernel(left_ptr, right_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK
 def product(left: Tensor, right: Tensor, silu: bool) -> Tensor:
     """left * right or silu(left) * right; both contiguous and of one shape."""
     out = torch.empty_like(left)
-    product_kernel[(triton.cdiv(left.numel(), 2048),)](
-        left, right, out, left.numel(), SILU=silu, BLOCK=2048, num_warps=4
-    )
+    product_kernel[(cdiv(left.numel(), 2048),)](left, right, out, left.numel(), SILU=silu, BLOCK=2048, num_warps=4)
     return out

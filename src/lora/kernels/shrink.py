@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import load_group
 from .reduce import reduce_
-from .tuning import shrink_config
+from .tuning import cdiv, shrink_config
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -69,7 +69,7 @@ def shrink_(
     tall = w.stride(0) == 1 and w.stride(1) != 1
     bm, br, splits = config["BM"], config["BR"], config["SPLITS"]
     partial = out if splits == 1 else torch.empty(splits, n, rank, device=x.device, dtype=torch.float32)
-    shrink_kernel[triton.cdiv(n, bm), triton.cdiv(rank, br), splits](
+    shrink_kernel[cdiv(n, bm), cdiv(rank, br), splits](
         x, w, scales, seed, partial,
         n, columns, rank, x.stride(0), w.stride(1) if tall else w.stride(0), partial.stride(-2), n * rank,
         threshold, inv_keep,

@@ -1,7 +1,7 @@
 """Block sizes as data, looked up by shape class and never searched at run time.
 
-Measured on one H200 (8192 rows, bf16, K = 4096 and 14336, r = 16, 64 and 128); on a card with less shared memory the
-same blocks take fewer stages.
+Measured on one H200 (8192 rows, bf16, K = 1024, 4096 and 14336, r = 16, 32, 64 and 128); on a card with less shared
+memory the same blocks take fewer stages.
 """
 
 from torch import Tensor, cuda
@@ -20,7 +20,18 @@ OUTER = {  # (ranks up to, dropout): rows a step, ranks, slabs of rows (narrow, 
     (64, True): (32, 64, (16, 4), 4, 3),
     (512, True): (32, 128, (16, 4), 8, 3),
 }
+GRADIENTS = {16: (256, 512), 32: (256, 256)}  # ranks up to: columns a program (up to 2048 columns, more)
 WIDE = 8192  # columns from which on the second number holds
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of a size cover n. triton.cdiv is made for kernels and takes 6 us of Python on the host."""
+    return -(-n // size)
+
+
+def power_of_two(rank: int) -> int:
+    """The ranks of one tile: enough for all, and for the matrix unit at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _entry(
@@ -28,7 +39,7 @@ def _entry(
 ) -> tuple[int, int, int, int, int]:
     limit = min(top for top, drops in table if drops == dropout and (rank <= top or top == 512))
     rows, ranks, parts, warps, stages = table[limit, dropout]
-    ranks = min(ranks, max(16, 1 << (rank - 1).bit_length()))
+    ranks = min(ranks, power_of_two(rank))
     if x.is_cuda:
         memory = cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
         stages = max(1, min(stages, memory // ((rows + ranks) * 256 * x.element_size())))
@@ -45,6 +56,18 @@ def outer_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
     """BN rows a step, BR ranks a program, SPLITS slabs of rows."""
     rows, ranks, parts, warps, stages = _entry(OUTER, x, rank, dropout)
     return {"BN": rows, "BR": ranks, "SPLITS": parts, "warps": warps, "stages": stages}
+
+
+def gradients_config(dy: Tensor, rank: int) -> dict[str, int]:
+    """BM rows a step, BC columns a program, BR ranks; no more programs than that, one a multiprocessor."""
+    rows, ranks, stages, processors = 64, power_of_two(rank), 4, 4
+    columns = GRADIENTS[ranks][dy.shape[1] > 2048]
+    if dy.is_cuda:
+        card = cuda.get_device_properties(dy.device)
+        processors = card.multi_processor_count
+        memory = card.shared_memory_per_block_optin - columns * ranks * dy.element_size()  # type: ignore[attr-defined]
+        stages = max(1, min(stages, memory // (rows * (columns + ranks) * dy.element_size())))
+    return {"BM": rows, "BC": columns, "BR": ranks, "programs": processors, "warps": 8, "stages": stages}
 
 
 def gemm_config() -> dict[str, int]:

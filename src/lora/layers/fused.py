@@ -79,8 +79,10 @@ def _state(host: nn.Module, x: Tensor) -> State:
     adapters = _adapters(host)
     versions: tuple[int, ...] = ()
     if not torch.compiler.is_compiling():  # within one compiled call nothing changes between two members
-        tensors = [x, adapters.frozen.parameter, *(p for t in adapters.terms for p in t.parameters())]
-        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+        tensors = [x, adapters.frozen.parameter]
+        for term in adapters.terms:
+            tensors += term._parameters.values()
+        versions = tuple([0 if t is None or t.is_inference() else t._version for t in tensors])
     return adapters.active, host.training, torch.is_grad_enabled(), versions
 
 

@@ -135,17 +135,16 @@ def _bytes(packed: Tensor) -> Tensor:
 def _checked(parts: Sequence[Tensor], format: str) -> Format:
     """The format, once the parts are known to be of it."""
     form = Format.parse(format)
-    fits = len(parts) == form.tensors and all(
-        t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
-        for t, (size, dtype) in zip(parts, form.layout, strict=True)
-    )
-    torch._check(
-        fits,
-        lambda: (
+    fits = len(parts) == form.tensors
+    if fits:  # a loop: every product over a quantised weight comes through here
+        for t, (size, dtype) in zip(parts, form.layout, strict=True):
+            elements_fit = t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
+            fits = fits and elements_fit
+    if not fits:
+        raise LoraError(
             f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
             f"(None: bytes): {form.layout}; take them from the weight and its quantisation state"
-        ),
-    )
+        )
     return form
 
 
