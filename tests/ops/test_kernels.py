@@ -216,6 +216,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     main, side = _Stream(), _Stream()
     monkeypatch.setattr(linear, "_side_stream", lambda device: side)
     monkeypatch.setattr(linear, "SMALL", 4)
+    monkeypatch.setattr(linear, "_card", lambda device: (9, 4))
     monkeypatch.setattr(linear, "fuses", lambda *tensors: True)
     left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
     weights = [(random(n, 256) / 16).half() for n in (64, 256)]

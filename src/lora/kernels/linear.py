@@ -50,6 +50,15 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     )
 
 
+def reads_once(dy: Tensor, rank: int) -> bool:
+    """The rule: whether one kernel takes dy B and dB from one read of dy.
+
+    On Hopper, where it was measured: elsewhere the compiler lets no load of it wait beside the two products, so it is
+    likely slower than the two passes, which have cuBLAS for dB.
+    """
+    return dy.shape[0] >= SMALL and rank <= OUTER_RANKS and _card(dy.device)[0] == 9
+
+
 class Weights(Protocol):
     """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
 
@@ -106,7 +115,7 @@ def backward(
     dBs = [torch.empty(b.shape, device=x.device, dtype=torch.float32) for b in B]
     later = []
     for dy, b, dB, part in zip(dys, B, dBs, columns, strict=True):
-        if x.shape[0] >= SMALL and b.shape[1] <= OUTER_RANKS:
+        if reads_once(dy, b.shape[1]):
             gradients_(g[:, part], dB, dy, h[:, part], b, scales[part], inv_keep)
         else:
             _shrink_(g[:, part], dy, b.t(), scales[part], inv_keep, None, 0)
