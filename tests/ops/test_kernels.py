@@ -99,8 +99,8 @@ def test_gradients(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Non
     from lora.kernels.gradients import gradients_
 
     rows, columns = shape
-    dy, h, b = (random(*s).to(dtype) for s in ((rows, columns), (rows, rank + 8), (columns, rank)))
-    h, scales = h[:, 8:], random(rank)
+    dy, h, b = (random(*s).to(dtype) for s in ((rows, columns + 9), (rows, rank + 8), (columns, rank + 8)))
+    dy, h, b, scales = dy[:, 7:-2], h[:, 8:], b[:, 8:], random(rank)
     g_truth = dy.double() @ b.double() * scales.double() * 1.25
     dB_truth = dy.double().t() @ h.double()
     small = {"BM": 16, "BC": 128, "BR": max(16, 1 << (rank - 1).bit_length()), "programs": 40, "warps": 4, "stages": 2}
@@ -111,6 +111,21 @@ def test_gradients(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Non
         assert close(dB, dB_truth)
         assert g[:, :3].isnan().all()
         assert g[:, rank + 3 :].isnan().all()
+
+
+@needs_interpreter
+def test_gradients_of_many_blocks_and_slabs() -> None:
+    """More than the sixteen partial sums that the second stage takes at a time: 21 blocks of columns, 19 slabs."""
+    from lora.kernels.gradients import gradients_
+
+    dy, h, b, scales = random(300, 2570), random(300, 17), random(2570, 17), random(17)
+    config = {"BM": 16, "BC": 128, "BR": 32, "programs": 400, "warps": 4, "stages": 2}
+    g, dB = poisoned(300, 17), poisoned(2570, 17)
+    gradients_(g, dB, dy, h, b, scales, 1.25, config)
+    assert close(g, dy.double() @ b.double() * scales.double() * 1.25)
+    assert close(dB, dy.double().t() @ h.double())
+    gradients_(g[:0], dB, dy[:0], h[:0], b, scales, 1.25)
+    assert not dB.any()
 
 
 @needs_interpreter
@@ -186,21 +201,32 @@ def test_rows_of_any_stride_and_no_rows() -> None:
 class _Stream:
     """In the place of a CUDA stream: the interpreter runs everything in order."""
 
-    def record_event(self) -> "_Stream":
-        return self
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
 
-    def wait_event(self, event: object) -> None: ...
-    def wait_stream(self, stream: object) -> None: ...
+    def record_event(self) -> str:
+        self.log.append(f"{self.name} records")
+        return f"{self.name}'s event"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        self.log.append(f"{self.name} waits for {stream.name}")
 
 
 @needs_interpreter
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("product_of_two", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("major", "ranks"), [(9, (8, 5)), (9, (8, 40)), (8, (8, 5))])
 def test_the_path_of_the_card_is_the_plain_one(
-    p: float, product_of_two: bool, quantised: bool, monkeypatch: pytest.MonkeyPatch
+    major: int, ranks: tuple[int, int], p: float, product_of_two: bool, quantised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All launches of a forward and a backward pass, with the rule and the streams of a Hopper card pretended."""
+    """All launches of a forward and a backward pass, with the rules and the streams of a card pretended.
+
+    A Hopper card reads dy once at ranks up to 32; at others and on other cards dB is a product of cuBLAS's.
+    """
     import contextlib
 
     from lora.kernels import linear
@@ -213,10 +239,20 @@ def test_the_path_of_the_card_is_the_plain_one(
         ("device_of", lambda t: contextlib.nullcontext()),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    main, side = _Stream(), _Stream()
+    log: list[str] = []
+    main, side = _Stream("main", log), _Stream("side", log)
     monkeypatch.setattr(linear, "_side_stream", lambda device: side)
     monkeypatch.setattr(linear, "SMALL", 4)
-    monkeypatch.setattr(linear, "_card", lambda device: (9, 4))
+    monkeypatch.setattr(linear, "_card", lambda device: (major, 4))
+    mm = torch.mm
+
+    def cublas(left: Tensor, right: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        if out_dtype is None:
+            return mm(left, right, out=out)
+        log.append("product")
+        return out.copy_(mm(left.to(out_dtype), right.to(out_dtype)))  # a CPU has no out_dtype
+
+    monkeypatch.setattr(torch, "mm", cublas)
     monkeypatch.setattr(linear, "fuses", lambda *tensors: True)
     left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
     weights = [(random(n, 256) / 16).half() for n in (64, 256)]
@@ -226,8 +262,8 @@ def test_the_path_of_the_card_is_the_plain_one(
         codes = [(w / s[:, None] * 127).round().to(torch.int8) for w, s in zip(weights, scales, strict=True)]
         weights = [t for pair in zip(codes, scales, strict=True) for t in pair]
         formats = "int8:64x256;int8:256x256"
-    A = [[(random(r, 256) / 16).requires_grad_()] for r in (8, 5)]
-    B = [[random(n, r).requires_grad_()] for n, r in ((64, 8), (256, 5))]
+    A = [[(random(r, 256) / 16).requires_grad_()] for r in ranks]
+    B = [[random(n, r).requires_grad_()] for n, r in zip((64, 256), ranks, strict=True)]
     seed = torch.tensor([123]) if p else None
     leaves = [left, *([right] if product_of_two else []), *(t for group in (*A, *B) for t in group)]
 
@@ -240,3 +276,5 @@ def test_the_path_of_the_card_is_the_plain_one(
 
     for mine, plain in zip(results(True), results(False), strict=True):
         assert (mine.double() - plain.double()).norm() <= 2e-3 * plain.double().norm()
+    products = sum(major != 9 or r > 32 for r in ranks) + (sum(ranks) > 32 and not p)
+    assert log == ["main records", "side waits for main's event", *["product"] * products, "main waits for side"]

@@ -18,13 +18,13 @@ from .product import product
 from .shrink import shrink_
 
 SMALL = 2048
-"""Rows under which a call is taken to be bound by its launches: cuBLAS's are the quickest, and a second stream only
-costs more. Measured as CUDA graphs, r = 16: our kernels and two streams are 2 to 7 % ahead at 2048 rows, 8 % ahead to
-even at 1024, 8 % ahead to 6 % behind at 512; without a graph Python's launches take longer than any of them."""
+"""Rows under which a call is taken to be bound by its launches, of which cuBLAS on one stream has the fewest. As CUDA
+graphs, r = 16, our kernels on two streams are 2 to 7 % ahead at 2048 rows, 8 % ahead to even at 1024 and 8 % ahead to
+6 % behind at 512; without a graph Python takes longer than any of them."""
 
 SHRINK_RANKS, OUTER_RANKS = 64, 32
-"""Ranks up to which our shrink, and our outer and gradients, beat cuBLAS (measured at 16, 32, 64 and 128); under
-dropout shrink and outer always run."""
+"""Ranks up to which our shrink, and our outer for dA, beat cuBLAS (measured at 16, 64 and 128); under dropout they
+always run."""
 
 
 @functools.cache
@@ -53,10 +53,12 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
 def reads_once(dy: Tensor, rank: int) -> bool:
     """The rule: whether one kernel takes dy B and dB from one read of dy.
 
-    On Hopper, where it was measured: elsewhere the compiler lets no load of it wait beside the two products, so it is
-    likely slower than the two passes, which have cuBLAS for dB.
+    Measured on one H200 (8192 rows, 1024 to 14336 columns): at r = 16 and 32 it takes 65 to 82 % of the time of two
+    passes, at 64 more time. Its partial sums grow with dy and would leave L2. On other cards the compiler keeps no load
+    of it in flight, so there the two passes stay, with cuBLAS for dB.
     """
-    return dy.shape[0] >= SMALL and rank <= OUTER_RANKS and _card(dy.device)[0] == 9
+    fits = dy.shape[0] >= SMALL and dy.numel() <= 2**27 and rank <= 32
+    return fits and _card(dy.device)[0] == 9
 
 
 class Weights(Protocol):

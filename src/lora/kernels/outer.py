@@ -49,6 +49,7 @@ def outer_(
         p: (n, R), unit column stride, already times 1 / (1 - p) where there is dropout; x: (n, K), unit column stride.
     """
     (n, columns), rank = x.shape, p.shape[1]
+    assert out.is_contiguous()
     if n == 0:
         return out.zero_()
     config = config or outer_config(x, rank, seed is not None)

@@ -25,7 +25,7 @@ WIDE = 8192  # columns from which on the second number holds
 
 
 def cdiv(n: int, size: int) -> int:
-    """How many blocks of a size cover n. triton.cdiv is made for kernels and takes 6 us of Python on the host."""
+    """How many blocks of a size cover n. triton.cdiv is for kernels, and takes microseconds of Python on the host."""
     return -(-n // size)
 
 
@@ -59,7 +59,7 @@ def outer_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
 
 
 def gradients_config(dy: Tensor, rank: int) -> dict[str, int]:
-    """BM rows a step, BC columns a program, BR ranks; no more programs than that, one a multiprocessor."""
+    """BM rows a step, BC columns a program, BR ranks; rows are cut so that a multiprocessor has one program."""
     rows, ranks, stages, processors = 64, power_of_two(rank), 4, 4
     columns = GRADIENTS[ranks][dy.shape[1] > 2048]
     if dy.is_cuda:
