@@ -34,7 +34,7 @@ def look(model: nn.Module) -> tuple:
     )
 
 
-def refused(model: nn.Module, folder: Path, match: str = "", **keywords: object) -> None:
+def refused(model: nn.Module, folder: Path, match: str, **keywords: object) -> None:
     """load raises LoraError, and the model is the same to the bit."""
     values, state = snapshot(model), look(model)
     with pytest.raises(LoraError, match=match):
@@ -150,7 +150,7 @@ def test_a_failed_load_beside_another_adapter_changes_nothing(tmp_path: Path) ->
     save_file(tensors, tmp_path / TENSORS)
     model = tiny_llama().train()
     lora.inject(model, targets=["k_proj"], name="mine", bias="all", train=["norm"])
-    refused(model, tmp_path)
+    refused(model, tmp_path, "tensors missing")
     lora.merge(model)
     refused(model, tmp_path, "merged")
 
