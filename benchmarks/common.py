@@ -40,14 +40,12 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def write_csv(name: str, rows: list[dict[str, object]]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """A column for every key of any row."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return path
 
 
 def quiet_peers(variant: str) -> None:
@@ -84,7 +82,4 @@ def in_processes(
         notes = [line for line in done.stderr.splitlines() if line.startswith("gate:")]
         print("\n  ".join([shown(rows[-1]), *notes]), flush=True)
         if path:
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)

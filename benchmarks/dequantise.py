@@ -1,23 +1,22 @@
-"""Dequantising a frozen weight on one GPU: each lookup of our kernels beside bitsandbytes and the floor.
+"""Dequantising a frozen weight on one GPU: our kernels beside bitsandbytes and the floor.
 
     PYTHONPATH=src python benchmarks/dequantise.py [--csv out.csv] [--sweep]
 
-A case is timed only after its gate: every variant's result, written over NaN, equals bitsandbytes' in bf16 and fp16.
-Then each variant is a captured CUDA graph over as many copies of the weight and of the result as the L2 cache cannot
-hold, the variants' replays alternate, and the median counts. The floor is the bytes at 4.25 TB/s, a card's copy rate.
+A case is timed only after its gate: our result, written over NaN, equals bitsandbytes' in bf16 and fp16. Then each is a
+captured CUDA graph over as many copies of the weight and of the result as the L2 cache cannot hold, their replays
+alternate, and the median counts. The floor is the bytes at 4.25 TB/s, a card's copy rate.
 """
 
 import argparse
-import csv
 import functools
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import write_csv
+from on_gpu import race
 from torch import Tensor
 
 from lora.ops.dequantise import Format
@@ -27,6 +26,7 @@ KINDS = {"nf4 nested": ("nf4", True), "nf4": ("nf4", False), "fp4": ("fp4", Fals
 RATE = 4.25e12
 BEYOND_L2 = 200e6  # bytes of weights and results in turn; an H200 caches 50 MB
 Runs = dict[str, Callable[[int], object]]
+Configs = dict[str, dict[str, Any] | None]  # None: the sizes that are set in the kernels' module
 
 
 class Case:
@@ -58,7 +58,7 @@ class Case:
     def floor(self) -> float:
         return self.bytes / RATE * 1e6
 
-    def ours(self, i: int, config: dict[str, Any] | None, out: Tensor | None = None) -> Tensor:
+    def ours(self, i: int, config: dict[str, Any] | None = None, out: Tensor | None = None) -> Tensor:
         from lora.kernels.dequantise import dequantise_4bit_, dequantise_int8_
 
         out = self.outs[i] if out is None else out
@@ -77,23 +77,22 @@ class Case:
         self.bnb.dequantize_4bit(packed.view(-1, 1), self.state, out=out)
         return out
 
-    def configs(self) -> dict[str, dict[str, Any]]:
-        """The sizes that are set in the kernels' module."""
-        from lora.kernels.dequantise import FOUR_BIT, INT8
+    @property
+    def calls(self) -> int:
+        """Calls in one graph: each copy equally often."""
+        return len(self.parts) * max(1, 16 // len(self.parts))
 
-        return {"ours": INT8 if self.format.kind == "int8" else FOUR_BIT}
-
-    def sizes(self) -> dict[str, dict[str, Any]]:
-        """Other sizes: eight weights a thread at a time, once to eight times."""
-        found: dict[str, dict[str, Any]] = {}
-        for (name, config), warps, times in itertools.product(self.configs().items(), (2, 4, 8), (1, 2, 4, 8)):
+    def sizes(self) -> Configs:
+        """Block sizes to try: eight weights a thread at a time, once to eight times."""
+        found: Configs = {}
+        for warps, times in itertools.product((2, 4, 8), (1, 2, 4, 8)):
             groups = warps * 32 * times
             size = {"COLUMNS": groups * 8} if self.format.kind == "int8" else {"WORDS": groups}
-            found[f"{name} {size} warps {warps}"] = config | size | {"warps": warps}
+            found[f"{size} warps {warps}"] = size | {"warps": warps}
         return found
 
 
-def gate(case: Case, configs: dict[str, dict[str, Any]], dtypes: tuple[torch.dtype, ...]) -> None:
+def gate(case: Case, configs: Configs, dtypes: tuple[torch.dtype, ...]) -> None:
     for dtype in dtypes:
         truth = case.theirs(0, torch.empty(case.format.shape, device="cuda", dtype=dtype))
         for name, config in configs.items():
@@ -103,48 +102,18 @@ def gate(case: Case, configs: dict[str, dict[str, Any]], dtypes: tuple[torch.dty
                 raise SystemExit(f"gate: {case.format} {name} in {dtype}: {wrong} weights differ from bitsandbytes'")
 
 
-def race(runs: Runs, copies: int, rounds: int = 11, heat: float = 0.1) -> dict[str, float]:
-    """Median microseconds of one call of each, their replays in turn, the card warm."""
-    calls = copies * max(1, 16 // copies)
-    graphs = {}
-    for name, run in runs.items():
-        run(0)  # compiles outside of the capture
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for i in range(calls):
-                run(i % copies)
-    end = time.time() + heat
-    while time.time() < end:
-        for graph in graphs.values():
-            graph.replay()
-        torch.cuda.synchronize()
-    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            stop.record()
-            times[name].append((start, stop))
-    torch.cuda.synchronize()
-    return {n: statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 / calls for n, pairs in times.items()}
-
-
-def runs_of(case: Case, configs: dict[str, dict[str, Any]]) -> Runs:
-    return {name: functools.partial(case.ours, config=config) for name, config in configs.items()}
+def timed(case: Case, runs: Runs, rounds: int = 11) -> dict[str, float]:
+    return race(runs, case.calls, len(case.parts), rounds, heat=0.1)
 
 
 def sweep(case: Case) -> None:
     """Print the three fastest sizes."""
     configs = case.sizes()
     gate(case, configs, (torch.bfloat16,))  # each dtype is another kernel to compile
-    times = race(runs_of(case, configs), len(case.parts), rounds=7)
+    times = timed(case, {name: functools.partial(case.ours, config=c) for name, c in configs.items()}, rounds=7)
     print(f"sweep of {case.format}, floor {case.floor:.1f} us")
-    for variant in case.configs():
-        names = sorted((n for n in times if n.split()[0] == variant), key=lambda n: times[n])
-        for name in names[:3]:
-            print(f"  {times[name]:6.1f} us  {name}")
+    for name in sorted(times, key=times.__getitem__)[:3]:
+        print(f"  {times[name]:6.1f} us  {name}")
 
 
 def main() -> None:
@@ -158,11 +127,11 @@ def main() -> None:
     rows = []
     for shape, kind in itertools.product(SHAPES, KINDS):
         case = Case(kind, shape)
-        gate(case, case.configs(), (torch.bfloat16, torch.float16))
-        times = race(runs_of(case, case.configs()) | {"bitsandbytes": case.theirs}, len(case.parts))
+        gate(case, {"ours": None}, (torch.bfloat16, torch.float16))
+        times = timed(case, {"ours": case.ours, "bitsandbytes": case.theirs})
         row = {"shape": "{}x{}".format(*shape), "kind": kind, "MB": round(case.bytes / 1e6, 1)}
         row |= {"floor_us": round(case.floor, 1)} | {f"{name}_us": round(t, 1) for name, t in times.items()}
-        row["best_over_floor"] = round(min(times[name] for name in case.configs()) / case.floor, 2)
+        row["ours_over_floor"] = round(times["ours"] / case.floor, 2)
         rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         if arguments.sweep and shape == SHAPES[-1] and kind in ("nf4 nested", "int8"):
@@ -170,10 +139,7 @@ def main() -> None:
         del case
         torch.cuda.empty_cache()
     if arguments.csv:
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.csv, rows)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,16 @@ dx, dA and dB against float64 within twice plain torch's own in bf16, and two ba
 """
 
 import argparse
-import csv
 import functools
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from common import write_csv
+from on_gpu import race
 from torch import Tensor
 
 from lora.ops.fused_linear import fused_linear
@@ -177,44 +176,6 @@ def gate(case: Case) -> float:
 # Time.
 
 
-def capture(run: Callable[[int], object], calls: int = 2) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(2):
-            run(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            run(i % 2)
-    return graph
-
-
-def race(
-    runs: dict[str, Callable[[int], object]], calls: int = 2, rounds: int = 11, heat: float = 0.3
-) -> dict[str, float]:
-    """Median microseconds of one call of each, their replays in turn, the card warm."""
-    graphs = {name: capture(run, calls) for name, run in runs.items()}
-    end = time.time() + heat
-    while time.time() < end:
-        for graph in graphs.values():
-            graph.replay()
-        torch.cuda.synchronize()
-    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
-    names = list(graphs)
-    for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graphs[name].replay()
-            stop.record()
-            times[name].append((start, stop))
-    torch.cuda.synchronize()
-    return {n: statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 / calls for n, pairs in times.items()}
-
-
 def variants(case: Case) -> dict[str, Callable[[int], object]]:
     runs: dict[str, Callable[[int], object]] = {
         "frozen": functools.partial(frozen, case),
@@ -281,10 +242,7 @@ def main() -> None:
         row |= {f"{k}_TBs": round(rate, 2) for k, rate in passes(case).items()}
         rows.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(arguments.csv, rows)
         del case
         torch.cuda.empty_cache()
 

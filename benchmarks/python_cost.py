@@ -8,7 +8,7 @@ import argparse
 import peft
 import torch
 import torch.nn.functional as F
-from common import interleaved, ratio, spread, write_csv
+from common import RESULTS, interleaved, ratio, spread, write_csv
 from torch import nn
 
 import lora
@@ -55,7 +55,7 @@ def main() -> None:
         print(
             f"{row['mode']:10} {row['variant']:12} {row['us_median']:8.2f} us  {row['ratio']:6.3f} x {row['against']}"
         )
-    print(write_csv("python_cost", rows))
+    write_csv(RESULTS / "python_cost.csv", rows)
 
 
 if __name__ == "__main__":

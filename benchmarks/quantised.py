@@ -12,7 +12,6 @@ within twice the error of dequantise-then-torch in bf16 against float64, and two
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -177,8 +176,8 @@ def folder_of(case: str) -> Path:
 def save(case: str) -> None:
     """A folder with the NF4 model and a tokenizer. In a process without the peer, which patches what makes a model."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+    from on_gpu import save_tokenizer
+    from transformers import BitsAndBytesConfig
 
     model = base_model(case, "nf4")
     model.config.quantization_config = BitsAndBytesConfig(
@@ -186,10 +185,7 @@ def save(case: str) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model.save_pretrained(folder_of(case))
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + i): 3 + i for i in range(90)}}
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder_of(case))
+    save_tokenizer(folder_of(case))
 
 
 def gate(kind: str) -> None:
@@ -239,6 +235,7 @@ def optimizer_of(parameters: list[Any], options: list[str]) -> Any:
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from on_gpu import print_kernels, time_of_steps, training_step
 
     words = a.one.split()
     model, context, base_bytes = built(words)
@@ -248,43 +245,25 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(trainable, words) if trainable else None
     ids = torch.randint(3, 90, (rows, tokens), device="cuda")
-
-    def step() -> None:
-        with context:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+    step = training_step(model, optimizer, ids, context)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     state = torch.cuda.memory_allocated() - before if optimizer is not None else 0
     for _ in range(2):
         step()
-    times = []
-    for _ in range(a.steps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        times.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(s.elapsed_time(e) for s, e in times)
+    times = time_of_steps(step, a.steps)
     peak = torch.cuda.max_memory_allocated()
     if a.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step()
-        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=70))
+        print_kernels(step)
     adapters = sum(p.nbytes for p in trainable)
     parts = {"weights": base_bytes, "adapters": adapters, "gradients": adapters, "optimizer": state}
     parts["activations"] = peak - sum(parts.values())
-    parts["workspace_in_them"] = 2 * max(s["hidden_size"] * s["intermediate_size"] for s in [SHAPES[words[0]]])
+    shape = SHAPES[words[0]]
+    parts["workspace_in_them"] = 2 * shape["hidden_size"] * shape["intermediate_size"]
     return {
         "variant": a.one, "rows": rows, "tokens": tokens, "trainable": sum(p.numel() for p in trainable),
-        "ms": round(statistics.median(ms), 1), "ms_p20": round(ms[len(ms) // 5], 1),
-        "ms_p80": round(ms[-1 - len(ms) // 5], 1), "peak_gib": round(peak / 2**30, 2),
+        **times, "peak_gib": round(peak / 2**30, 2),
         **{f"{name}_gib": round(size / 2**30, 3) for name, size in parts.items()},
     }  # fmt: skip
 

@@ -13,7 +13,6 @@ of float64 and repeat to the bit.
 import argparse
 import copy
 import gc
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -113,18 +112,13 @@ def built(a: argparse.Namespace) -> tuple[Any, Any]:
 
 def unsloth_model(a: argparse.Namespace) -> Any:
     import torch
+    from on_gpu import save_tokenizer
     from unsloth import FastLanguageModel
 
     path = Path(tempfile.gettempdir()) / f"llama_{a.layers}"
     if not (path / "config.json").exists():
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
         base_model(a.layers).save_pretrained(path)
-        words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(33 + i): 3 + i for i in range(90)}}
-        tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+        save_tokenizer(path)
         gc.collect()
         torch.cuda.empty_cache()
     model, _ = FastLanguageModel.from_pretrained(
@@ -170,43 +164,25 @@ def gate(model: Any) -> None:
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from on_gpu import print_kernels, time_of_steps, training_step
 
     model, context = built(a)
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True) if trainable else None
     ids = torch.randint(3, 90, (a.batch, a.tokens), device="cuda")
-
-    def step() -> None:
-        with context:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+    step = training_step(model, optimizer, ids, context)
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for i in range(a.steps + 4):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    for _ in range(4):
         step()
-        end.record()
-        if i >= 4:
-            times.append((start, end))
-    torch.cuda.synchronize()
-    ms = sorted(s.elapsed_time(e) for s, e in times)
+    times = time_of_steps(step, a.steps)
     peak = torch.cuda.max_memory_allocated() / 2**30
     if a.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            for _ in range(2):
-                step()
-        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70))
+        print_kernels(step)
     return {
         "variant": a.one, "dropout": a.dropout, "checkpointing": a.checkpointing, "layers": a.layers, "r": a.r,
-        "rows": a.batch, "tokens": a.tokens, "trainable": sum(p.numel() for p in trainable),
-        "ms": round(statistics.median(ms), 2), "ms_p20": round(ms[len(ms) // 5], 2),
-        "ms_p80": round(ms[-1 - len(ms) // 5], 2), "peak_gib": round(peak, 2),
+        "rows": a.batch, "tokens": a.tokens, "trainable": sum(p.numel() for p in trainable), **times,
+        "peak_gib": round(peak, 2),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import peft
 import torch
-from common import interleaved, ratio, spread, write_csv
+from common import RESULTS, interleaved, ratio, spread, write_csv
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def main() -> None:
             "ratio_to_frozen": round(ratio(values, seconds["frozen"]), 3),
         })  # fmt: skip
         print(f"{name:7} {median:8.1f} ms  {rows[-1]['ratio_to_peft']} x PEFT  {rows[-1]['ratio_to_frozen']} x frozen")
-    print(write_csv("train_step_cpu" if not settings.dropout else "train_step_cpu_dropout", rows))
+    write_csv(RESULTS / f"train_step_cpu{'_dropout' if settings.dropout else ''}.csv", rows)
 
 
 if __name__ == "__main__":
