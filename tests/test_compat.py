@@ -42,7 +42,7 @@ def test_compile_fullgraph(architecture: str, ids: Tensor, backend: str) -> None
     model(ids).logits.sum().backward()
     assert got.keys() == gradients(model).keys()
     for name, want in gradients(model).items():
-        torch.testing.assert_close(got[name], want, rtol=1e-3, atol=1e-4)
+        assert (got[name] - want).norm() <= 1e-4 * want.norm(), name
 
 
 def test_verbs_see_through_a_compiled_model(model: nn.Module, tmp_path, ids: Tensor) -> None:
