@@ -90,6 +90,19 @@ def test_int8_in_eval_mode_without_gradients_is_bitsandbytes_own_product() -> No
         assert torch.equal(small[0](x), base.addmm(x @ part.A.t(), part.B.t(), alpha=part.scaling))
 
 
+def test_int8_in_eval_mode_keeps_its_outliers() -> None:
+    """A column over the threshold of 6 is multiplied in 16 bits by bitsandbytes' own forward."""
+    model, x = net("int8", torch.float32)[:1].eval(), inputs(torch.float32)
+    x[..., 3] *= 20
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        want = twin(x)
+        twin[0].state.threshold = 0.0
+        assert not torch.equal(twin(x), want)
+        lora.inject(model, r=4, targets=["0"])
+        assert torch.equal(model(x), want)
+
+
 def test_int8_in_eval_mode_has_the_trained_bias_and_leaves_the_bases_in_its_dtype() -> None:
     model = net("int8", torch.float32)[:1].eval()
     x = inputs()

@@ -61,6 +61,20 @@ def test_other_quantisers_are_refused_by_name(package: str, targets: Any) -> Non
         assert "Linear4bit and Linear8bitLt" in text
 
 
+@pytest.mark.filterwarnings("ignore:targets. None picked")
+@pytest.mark.parametrize("package", list(FOREIGN))
+@pytest.mark.parametrize("targets", ["all-linear", None, ".*_proj"], ids=str)
+def test_other_quantisers_are_not_skipped_beside_plain_linears(package: str, targets: Any) -> None:
+    model = nn.Module()
+    model.text, model.vision = nn.Module(), nn.Module()
+    model.text.q_proj, model.text.v_proj = foreign(package), foreign(package)
+    model.vision.q_proj, model.vision.v_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+    with pytest.raises(lora.LoraError, match=f"text.q_proj'.*quantised by {FOREIGN[package]}.*not supported"):
+        lora.inject(model, r=4, targets=targets)
+    lora.inject(model, r=4, targets=targets, exclude=["text.q_proj", "text.v_proj"])
+    assert {row.target for row in lora.summary(model).rows} == {"vision.q_proj", "vision.v_proj"}
+
+
 def meta(kind: str) -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(linear(kind, 64, 64))

@@ -137,17 +137,12 @@ class EightBit(Quantised):
 
     quantisation = "int8"
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.seen: torch.dtype | None = None  # what the last call computed with
-
     @property
     def dtype(self) -> torch.dtype:
-        return self.seen or torch.float16  # which bitsandbytes rounds every weight to before it quantises it
+        return torch.float16  # which bitsandbytes rounds every weight to before it quantises it
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        self.seen = _autocast_dtype(x) or x.dtype
-        return self.seen
+        return _autocast_dtype(x) or x.dtype
 
     def output_dtype(self, x: Tensor) -> torch.dtype:
         return self.compute_dtype(x)

@@ -14,6 +14,7 @@ from .layers.base import base_modules, hosts
 from .layers.fused import why_not
 from .layers.quantised import is_quantised
 from .preparation import prepared
+from .quantised_model import model_dtype
 from .resident import acting, is_merged, resident, unwrap
 from .weights import weight_of
 
@@ -151,6 +152,7 @@ def summary(model: nn.Module) -> Summary:
     root = unwrap(model)
     if not resident(root):
         raise LoraError("model: it has no adapter; call lora.inject(model, ...) or lora.load(model, path) first")
+    plain = model_dtype(root)
     grouped: dict[tuple[str, str, str, tuple[int, ...], int | None, str], list[int]] = {}
     for name, host, adapters in hosts(root):
         target = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
@@ -163,7 +165,7 @@ def summary(model: nn.Module) -> Summary:
                 own = dict(part.module.named_parameters())
                 trained = [own[n].numel() for n in part.trained]
                 shape, r = tuple(own[part.trained[0]].shape), None
-            key = (adapter, target, adapters.original.__name__, shape, r, _path(host, adapters, adapter))
+            key = (adapter, target, adapters.original.__name__, shape, r, _path(host, adapters, adapter, plain))
             grouped.setdefault(key, []).append(sum(trained))
     trainable = [p for p in root.parameters() if p.requires_grad]
     return Summary(
@@ -190,18 +192,21 @@ def _elements(root: nn.Module) -> int:
     return sum(counts.values())
 
 
-def _path(host: nn.Module, adapters: Adapters, adapter: str) -> str:
-    """How one adapter's part on a host runs, in words."""
+def _path(host: nn.Module, adapters: Adapters, adapter: str, plain: torch.dtype | None) -> str:
+    """How one adapter's part on a host runs, in words; `plain`: the dtype of the model's activations, where known."""
     if adapters.undo is not None:
         return "merged"
     if adapter not in adapters.active:
         return "idle"
     if not isinstance(adapters, LinearAdapters):
         return "own copy"
-    reason = why_not(host)
+    frozen = adapters.frozen
+    dtype = plain if plain is not None and frozen.quantisation == "int8" else frozen.dtype  # int8 computes in x's
+    reason = why_not(host, torch.empty(0, dtype=dtype, device=frozen.parameter.device))
     over = f" over {adapters.frozen.quantisation}" if adapters.quantised else ""
     if reason is not None:
         return f"plain torch{over} ({reason})"
-    if torch.cuda.get_device_capability(adapters.frozen.parameter.device)[0] != 9:
-        return f"fused{over}, cuBLAS (no Hopper GPU)"
-    return f"fused{over}"
+    major, _ = torch.cuda.get_device_capability(adapters.frozen.parameter.device)
+    if major < 8:
+        return f"fused{over}, all by cuBLAS (GPU older than Ampere)"
+    return f"fused{over}" if major == 9 else f"fused{over}, dX and dB by cuBLAS (no Hopper GPU)"

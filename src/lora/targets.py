@@ -70,6 +70,7 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         check_linear(model, name, module)
     if loading:
         return chosen
+    _check_skipped(model, config, modules, linear)
     _check_filters(config, candidates, modules)
     if not chosen:
         raise LoraError(
@@ -153,6 +154,24 @@ def _other_quantiser(module: nn.Module) -> str:
                 "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
             )
     return ""
+
+
+def _check_skipped(
+    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], linear: dict[str, nn.Module]
+) -> None:
+    """Refuse a linear that targets means and that another quantiser made, which would be skipped without a word."""
+    heads = output_heads(model)
+    for name, module in modules.items():
+        if name in linear or any(module.children()) or "linear" not in type(module).__name__.lower():
+            continue
+        if matches(config.exclude, name) or not _in_layers(config.layers, name) or _within(config.train, name):
+            continue
+        if config.targets == "all-linear":
+            meant = not _within(heads, name)
+        else:
+            meant = matches(config.targets or default_targets(linear), name)
+        if meant and (other := _other_quantiser(module)):
+            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {SUPPORTED}{other}, or exclude it")
 
 
 def _any_other(modules: dict[str, nn.Module]) -> str:

@@ -102,7 +102,7 @@ def made(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0, see
 sizes = st.integers(0, 2**40)
 counts = st.integers(1, 2**20)
 formats = st.one_of(
-    st.builds(Format, st.sampled_from(["dense", "int8"]), st.tuples(sizes, sizes)),
+    st.builds(Format, st.just("int8"), st.tuples(sizes, sizes)),
     st.builds(Format, st.sampled_from(["nf4", "fp4"]), st.tuples(sizes, sizes), counts, st.integers(0, 2**20)),
 )
 
@@ -110,17 +110,18 @@ formats = st.one_of(
 @given(formats)
 def test_format_round_trip(form: Format) -> None:
     assert Format.parse(str(form)) == form
-    assert form.tensors == {"dense": 1, "int8": 2}.get(form.kind, 6 if form.nested else 3)
+    assert form.tensors == {"int8": 2}.get(form.kind, 6 if form.nested else 3)
 
 
 def test_format_text() -> None:
     assert str(Format("nf4", (4096, 14336), 64, 256)) == "nf4:4096x14336:64:256"
     assert str(Format("fp4", (4096, 14336), 64)) == "fp4:4096x14336:64"
     assert str(Format("int8", (4096, 14336))) == "int8:4096x14336"
-    assert str(Format("dense", (4096, 14336))) == "dense:4096x14336"
 
 
-@pytest.mark.parametrize("text", ["", "nf4:4x4", "nf4:4x4:0", "int8:4x4:64", "int4:4x4", "dense:4", "nf4:4x4:64:256:1"])
+@pytest.mark.parametrize(
+    "text", ["", "nf4:4x4", "nf4:4x4:0", "int8:4x4:64", "int4:4x4", "dense:4x4", "nf4:4x4:64:256:1"]
+)
 def test_no_format(text: str) -> None:
     with pytest.raises(LoraError, match="allowed"):
         Format.parse(text)
@@ -195,13 +196,6 @@ def test_int8_rounds_once() -> None:
         assert same_bits(dequantise([codes, scales], "int8:512x256", dtype), theirs)
 
 
-def test_dense() -> None:
-    w = random(5, 7)
-    assert dequantise([w], "dense:5x7", torch.float32) is w
-    assert same_bits(dequantise([w], "dense:5x7", torch.bfloat16), w.bfloat16())
-    assert same_bits(element([w], "dense:5x7", 4, 6, torch.float16), w.half()[4, 6])
-
-
 CASES = [("nf4", 64, 256), ("nf4", 64, 0), ("fp4", 32, 2), ("int8", 0, 0)]
 
 
@@ -222,11 +216,9 @@ def test_opcheck(kind: str, block: int, nested: int) -> None:
         torch.library.opcheck(torch.ops.lora.dequantise, (parts, form, dtype))
 
 
-@pytest.mark.parametrize(("kind", "block", "nested"), [*CASES, ("dense", 0, 0)])
+@pytest.mark.parametrize(("kind", "block", "nested"), CASES)
 def test_compiles_whole(kind: str, block: int, nested: int) -> None:
     parts, form = made(kind, (9, 41), block, nested)
-    if kind == "dense":
-        parts = [random(9, 41)]
 
     def run(x: Tensor, parts: list[Tensor]) -> Tensor:
         return torch.nn.functional.linear(x, dequantise(parts, form, torch.float32))

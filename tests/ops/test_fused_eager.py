@@ -143,3 +143,21 @@ def test_a_call_in_inference_mode_does_not_spoil_the_next() -> None:
         frozen(gate)
     frozen(gate).sum().backward()
     assert gate.grad is not None
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+def test_transforms_of_torch_func_are_refused(transform: str) -> None:
+    gate, _ = factors()
+    W, A, B = parts()
+
+    def total(x: Tensor) -> Tensor:
+        return ours(x, W, A, B).sum()
+
+    gate = gate.detach()
+    with pytest.raises(LoraError, match="torch.func's transforms"):
+        if transform == "grad":
+            torch.func.grad(total)(gate)
+        elif transform == "jvp":
+            torch.func.jvp(total, (gate,), (gate,))
+        else:
+            torch.func.vmap(total)(gate[None])

@@ -202,6 +202,20 @@ def test_a_product_is_made_again_and_not_saved(make) -> None:  # type: ignore[no
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+def test_a_node_of_ligers_name_that_computes_something_else_is_not_believed() -> None:
+    class Clamped(LigerSiLUMulFunction):
+        @staticmethod
+        def forward(ctx, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+            ctx.save_for_backward(a, b)
+            ctx.gate_multiplier = 1.0
+            return LigerSiLUMulFunction.forward(ctx, a, b).clamp(-0.1, 0.1)
+
+    Clamped.__name__ = "LigerSiLUMulFunction"
+    kind = type("LigerSiLUMulFunction", (Clamped,), {})
+    assert kind.apply(*torch.ones(2, 3).requires_grad_()).grad_fn.name() == "LigerSiLUMulFunctionBackward"
+    assert through_a_product(kind.apply, keep=False)[0]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -253,7 +267,7 @@ CARD = list(itertools.product((torch.bfloat16, torch.float16, torch.float32), (0
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [1, 7, 16, 24, 64, 200])
+@pytest.mark.parametrize("rank", [1, 7, 16, 24, 64, 200, 512])
 @pytest.mark.parametrize(("dtype", "p"), CARD)
 @pytest.mark.parametrize(
     ("rows", "width", "outs", "small"),
@@ -287,6 +301,30 @@ def test_on_the_card(
     assert_as_good_as_plain(args, p, seed)
     first, second = (results(fused_linear(*args, p, seed), args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("small", [0, 4096])
+def test_strided_tensors_and_no_rows_on_the_card(small: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora.kernels import linear
+
+    monkeypatch.setattr(linear, "SMALL", small)
+    x, *rest = problem(2304, 320, (264, 72), ((16,), (7,)), torch.bfloat16, device="cuda")
+    seed = torch.tensor([4], device="cuda") if p else None
+    leaves = [t for group in (*rest[2], *rest[3]) for t in group]
+    dys = [torch.randn(2304, n, device="cuda", dtype=torch.bfloat16) for n in (264, 72)]
+
+    def found(rows: int, strided: bool) -> list[Tensor]:
+        inputs = [t.detach()[:rows] for t in (x, *dys)]
+        inputs = [t.t().contiguous().t() if strided else t.clone() for t in inputs]
+        inputs[0].requires_grad_()
+        ys = fused_linear(inputs[0], *rest, p, seed)
+        return [*ys, *torch.autograd.grad(ys, [inputs[0], *leaves], inputs[1:])]
+
+    for mine, plain in zip(found(2304, True), found(2304, False), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0.02, atol=0.02 * plain.abs().max().item())
+    assert not any(g.any() for g in found(0, True)[3:])
 
 
 @pytest.mark.gpu

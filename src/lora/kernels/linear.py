@@ -16,6 +16,7 @@ from .gradients import gradients_
 from .outer import outer_
 from .product import product
 from .shrink import shrink_
+from .tuning import GRADIENTS
 
 SMALL = 2048
 """Rows under which a call is taken to be bound by its launches, of which cuBLAS on one stream has the fewest. As CUDA
@@ -37,14 +38,13 @@ def _card(device: torch.device) -> tuple[int, int]:
 def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     """The rule: whether the Triton GEMM with the low-rank term in its accumulator computes dx.
 
-    Measured on one H200 (8192 rows, bf16, r = 16 and 64): it is 0 to 3 % over cuBLAS's bare product at each of
-    4096 -> 1024, 4096, 14336 and 14336 -> 4096, where cuBLAS with the term added first (beta = 1) is 3 to 12 % over.
-    Elsewhere (no Hopper, fp32, too few tiles for the card, strides that TMA cannot read) cuBLAS has it.
+    Measured on one H200 (8192 rows, bf16, r = 16): it is 2 to 3 % over cuBLAS's bare product at 4096 -> 4096, 14336 and
+    14336 -> 4096, where cuBLAS with the term added first (beta = 1) is 3 to 8 % over. Elsewhere (no Hopper, few rows
+    for the narrower side, strides that TMA cannot read) cuBLAS has it.
     """
     major, processors = _card(x.device)
     return (
         major == 9
-        and x.dtype in (torch.float16, torch.bfloat16)
         and (x.shape[0] // 128) * (min(weight.shape) // 256) * 2 >= processors
         and can_describe(x, weight, *thin)
     )
@@ -54,10 +54,10 @@ def reads_once(dy: Tensor, rank: int) -> bool:
     """The rule: whether one kernel takes dy B and dB from one read of dy.
 
     Measured on one H200 (8192 rows, 1024 to 14336 columns): at r = 16 and 32 it takes 65 to 82 % of the time of two
-    passes, at 64 more time. Its partial sums grow with dy and would leave L2. On other cards the compiler keeps no load
-    of it in flight, so there the two passes stay, with cuBLAS for dB.
+    passes, at 64 98 to 115 %. Its partial sums grow with dy and would leave L2. On other cards the compiler keeps no
+    load of it in flight, so there the two passes stay, with cuBLAS for dB.
     """
-    fits = dy.shape[0] >= SMALL and dy.numel() <= 2**27 and rank <= 32
+    fits = dy.shape[0] >= SMALL and dy.numel() <= 2**27 and rank <= max(GRADIENTS)
     return fits and _card(dy.device)[0] == 9
 
 

@@ -101,12 +101,10 @@ def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
                     _adapters(member).group = group
 
 
-def why_not(host: nn.Module, x: Tensor | None = None) -> str | None:
-    """Why this host does not run fused, in words, or None. Without x, it is taken to be as the weight is."""
+def why_not(host: nn.Module, x: Tensor) -> str | None:
+    """Why this host does not run fused for such an input, in words, or None."""
     adapters = _adapters(host)
     weight = adapters.frozen
-    if x is None:
-        x = torch.empty(0, dtype=weight.dtype, device=weight.parameter.device)
     kind, dtype = x.device.type, weight.compute_dtype(x)
     if kind not in DEVICES:
         return f"on {kind}"

@@ -29,7 +29,7 @@ LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
     "dequantise(Tensor[] parts, str format, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
-FORMAT = re.compile(r"(dense|int8|nf4|fp4):(\d+)x(\d+)(?::([1-9]\d*))?(?::([1-9]\d*))?")
+FORMAT = re.compile(r"(int8|nf4|fp4):(\d+)x(\d+)(?::([1-9]\d*))?(?::([1-9]\d*))?")
 INVERSE = 1 / 127
 
 
@@ -39,7 +39,6 @@ class Format:
 
     | kind     | tensors                                                                                          |
     |----------|--------------------------------------------------------------------------------------------------|
-    | dense    | W (out, in)                                                                                      |
     | int8     | CB (out, in) int8, SCB (out,) fp32                                                               |
     | nf4, fp4 | packed: ceil(out in / 2) bytes of any dtype and shape, absmax (blocks,) fp32, code (16,) fp32    |
     | nested   | packed, absmax (blocks,) uint8, code, absmax2 (ceil(blocks / nested),), code2 (256,), offset ()  |
@@ -60,11 +59,11 @@ class Format:
     @staticmethod
     @functools.cache
     def parse(text: str) -> "Format":
-        """The format that `str` wrote as text, such as nf4:4096x14336:64:256, int8:4096x14336 or dense:8x8."""
+        """The format that `str` wrote as text, such as nf4:4096x14336:64:256, int8:4096x14336."""
         match = FORMAT.fullmatch(text)
         if match is None or (match[1] in ("nf4", "fp4")) != (match[4] is not None):
             raise LoraError(
-                f"format = {text!r}; allowed: dense:OUTxIN, int8:OUTxIN, nf4:OUTxIN:BLOCK and nf4:OUTxIN:BLOCK:NESTED,"
+                f"format = {text!r}; allowed: int8:OUTxIN, nf4:OUTxIN:BLOCK and nf4:OUTxIN:BLOCK:NESTED,"
                 " and fp4 alike; write it with str(Format(...))"
             )
         kind, *numbers = match.groups()
@@ -75,8 +74,6 @@ class Format:
     def layout(self) -> list[tuple[int, torch.dtype | None]]:
         """Elements and dtype of each tensor that stores such a weight; None: bytes, in any dtype."""
         rows, columns = self.shape
-        if self.kind == "dense":
-            return [(rows * columns, None)]
         if self.kind == "int8":
             return [(rows * columns, torch.int8), (rows, torch.float32)]
         blocks = -(-rows * columns // self.block)
@@ -95,13 +92,11 @@ class Format:
 
 
 def dequantise(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) in dtype. A dense weight that has it already is returned itself, not a copy.
+    """The weight (out, in) in dtype.
 
     Args:
         parts: the tensors of `Format`, in its order, on one device; format: `str(Format(...))`.
     """
-    if format.startswith("dense"):
-        return parts[0].to(dtype)
     weight: Tensor = torch.ops.lora.dequantise(list(parts), format, dtype)
     return weight
 
@@ -114,8 +109,6 @@ def dequantised(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Ten
 def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
     """`dequantise(parts, format, dtype)[row, column]`, a tensor without dimensions, at the price of a few reads."""
     form = Format.parse(format)
-    if form.kind == "dense":
-        return parts[0][row, column].to(dtype)
     if form.kind == "int8":
         return (parts[0][row, column].float() * (parts[1][row] * INVERSE)).to(dtype)
     index = row * form.shape[1] + column

@@ -17,12 +17,11 @@ Grads = list[Tensor | None]
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether nobody traces, transforms or watches this call."""
+    """Whether nobody traces or watches this call."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None
     )
 

@@ -5,6 +5,7 @@
 The plain-torch form is the CPU path and the oracle; `fused_linear.py` has the formulas and the autograd around it.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -113,8 +114,14 @@ def frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> T
 # With the kernels, where they run.
 
 
+@functools.cache
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether the GPU is an Ampere or later; for older ones the plain-torch form is as good, on cuBLAS."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def _in_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.element_size() == 2 and has_triton()
+    return x.is_cuda and x.element_size() == 2 and has_triton() and _has_matrix_units(x.device)
 
 
 def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:

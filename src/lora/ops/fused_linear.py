@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import LoraError
 from .fused_eager import Call, Grads, Held, Products, filled, is_plain, master_gradients, weight_gradients
 from .fused_forms import Matrices, backward, forward, frozen_backward, gradient_dtype
 from .philox import draw_seed
@@ -100,7 +101,15 @@ def fused_linear(
 
     Returns:
         (..., out_i) for each target.
+
+    Raises:
+        LoraError: within a transform of torch.func, whose derivatives would be wrong.
     """
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise LoraError(
+            "model: torch.func's transforms (grad, jvp, vmap, ...) do not pass through fused and quantised linears; "
+            "lora.merge(model) makes plain linears of them, through which they do"
+        )
     rows = x.reshape(-1, x.shape[-1])
     flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
     plain = is_plain(x)

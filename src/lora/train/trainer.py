@@ -112,7 +112,6 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
         console.print(f"eval_data: {held_out}", highlight=False)
     _check_warmup(recipe, len(data.rows))
     model = _adapted(recipe)
-    console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
     watch = StepWatch(window=recipe.log_every)
     try:
         _train(recipe, model, template, data, held_out, watch, console)
@@ -203,6 +202,8 @@ def _train(
             data_collator=PaddingCollator(0 if pad is None else pad),
             callbacks=[watch, progress],
         )
+        # Trainer has moved the model to where it trains, so that the summary tells how it will run there.
+        console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
         try:
             trainer.train()
         finally:
