@@ -153,8 +153,7 @@ def built(words: list[str]) -> tuple[Any, Any, int]:
     if who == "lora":
         import lora
 
-        if kind != "bf16":
-            gate(kind)
+        gate(kind)
         lora.inject(model, r=r, targets=targets)
         lora.prepare(model, checkpointing="offload" if "offload" in options else True)
         print(lora.summary(model), file=sys.stderr)
@@ -202,8 +201,8 @@ def gate(kind: str) -> None:
     lora.inject(net, r=16, targets=["0"])
     term = net[0].lora["default"]
     nn.init.normal_(term.B, std=0.01)
-    x = torch.randn(1024, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    dy = torch.randn(1024, 11008, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()  # rows of the timed 7b cases
+    dy = torch.randn(8192, 11008, device="cuda", dtype=torch.bfloat16)
     weight = net[0].lora.frozen.dense(torch.bfloat16)
 
     def ours() -> list[Any]:
