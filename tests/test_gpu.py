@@ -18,9 +18,10 @@ def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Everything once as the rules have it for a small batch, by cuBLAS, and once by the kernels on two streams."""
     if request.param == "many rows":
         from lora.kernels import linear
+        from lora.kernels.tuning import card
 
         monkeypatch.setattr(linear, "SMALL", 0)
-        monkeypatch.setattr(linear, "_card", lambda device: (torch.cuda.get_device_capability(device)[0], 1))
+        monkeypatch.setattr(linear, "card", lambda device: card(device)._replace(processors=1))
 
 
 def build(dtype: torch.dtype = torch.bfloat16, **keywords: object) -> nn.Module:

@@ -1,5 +1,6 @@
-"""What a merge refuses before it writes anything."""
+"""What a merge refuses, and how much of an update it kept."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -62,6 +63,29 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         return t.data_ptr() + (last + 1) * t.element_size()
 
     return one.data_ptr() < end(other) and other.data_ptr() < end(one)
+
+
+def refuse_overflow(name: str, values: Tensor, stored: str | None = None) -> None:
+    """`stored`: how the values are held, where that is not their dtype."""
+    if not torch.isfinite(values).all():
+        held = stored or str(values.dtype).removeprefix("torch.")
+        raise LoraError(
+            f"model: merging {name!r} gives NaN or infinity in {held}; nothing was changed. The "
+            "base's weight has such values already, or the sum is too large for the dtype: then merge into a float32 "
+            "copy"
+        )
+
+
+def moments(change: Tensor, update: Tensor) -> Tensor:
+    """(3,) float64 on the CPU: <C, D>, <D, D> and |C - D|^2 of what became of an update D; blocks of rows add."""
+    c, d = change.double(), update.double()
+    return torch.stack([(c * d).sum(), d.square().sum(), (c - d).square().sum()]).cpu()
+
+
+def kept_and_noise(sums: Tensor) -> tuple[float, float]:
+    """The share of the update that was kept along its own direction, and the size of the error beside the update's."""
+    along, norm, lost = sums.tolist()
+    return (along / norm, math.sqrt(lost / norm)) if norm else (1.0, 0.0)
 
 
 def changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:

@@ -1,6 +1,5 @@
 """merge and unmerge: fold the update into W0 in fp32, round once, and give W0 back bit for bit."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters, WholeAdapters
 from .layers.base import hosts, refresh
-from .merge_checks import Place, changed, check_finite, check_places
+from .merge_checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
 from .ops import low_rank_product, summed_bias
 from .quantised_merge import INTO, Replaced, check_into, check_unchanged, leave, merge_quantised, put_back
 from .quantised_model import forget_quantisation, model_dtype
@@ -193,27 +192,24 @@ def _merge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> tuple
     digest, patches = Digest(), []
     old_rows: list[tuple[slice, Tensor]] = []
     new_rows: list[tuple[slice, Tensor]] = []
-    sums = torch.zeros(3, dtype=torch.float64)  # <W - W0, D>, <D, D>, |(W - W0) - D|^2
+    sums = torch.zeros(3, dtype=torch.float64)
     for rows, update in _update_blocks(adapters):
         old = old_weight[rows].clone(memory_format=torch.contiguous_format)
         new = (old + update).to(dtype)
-        _refuse_overflow(name, new)
+        refuse_overflow(name, new)
         digest.add(old)
         patches.append(Patch(old, _way_back(new, update)))
         old_rows.append((rows, old))
         new_rows.append((rows, new))
-        change, exact = (new.to(update.dtype) - old).double(), update.double()
-        sums += torch.stack([(change * exact).sum(), exact.square().sum(), (change - exact).square().sum()]).cpu()
+        sums += moments(new.to(update.dtype) - old, update)
     old_bias = new_bias = None
     if any(term.bias is not None for term in adapters.terms):
         old_bias = host.get_parameter("bias").detach().clone()
         new_bias = summed_bias(old_bias, adapters.terms)
-        _refuse_overflow(name, new_bias)
+        refuse_overflow(name, new_bias)
     _write_all(host, adapters, new_rows, new_bias, otherwise=(old_rows, old_bias))
-    along, norm, lost = sums.tolist()
-    kept, noise = (along / norm, math.sqrt(lost / norm)) if norm else (1.0, 0.0)
     undo = LinearUndo(dtype, digest.value, patches, old_bias, new_bias)
-    return MergedModule(name, weight.shape, dtype, kept, noise), undo
+    return MergedModule(name, weight.shape, dtype, *kept_and_noise(sums)), undo
 
 
 @torch.no_grad()
@@ -264,14 +260,6 @@ def _write_all(
         for place, values in otherwise[0]:
             frozen.write_(place, values)
         raise
-
-
-def _refuse_overflow(name: str, values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise LoraError(
-            f"model: merging {name!r} gives NaN or infinity in {values.dtype}; nothing was changed. The base's weight "
-            "has such values already, or the sum is too large for the dtype: then merge into a float32 copy"
-        )
 
 
 def _update_blocks(adapters: LinearAdapters) -> Iterator[tuple[slice, Tensor]]:

@@ -3,7 +3,6 @@
 The original weight is kept whole (it is a quarter or half of the 16-bit one), so unmerge gives back its very bytes.
 """
 
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import LoraError, LoraWarning
 from .layers import LinearAdapters
-from .merge_checks import changed
+from .merge_checks import changed, kept_and_noise, moments, refuse_overflow
 from .ops import summed_bias
 from .quantised_weights import Quantised
 from .report import MergedModule
@@ -32,10 +31,14 @@ class Replaced:
     parameter: Any
     attributes: dict[str, Any]  # the module's, that belong to the parameter
     into: str | None
-    merged_class: type[nn.Module] | None  # the module's class while merged; None for its own
-    bias: Tensor | None  # the bias parameter, where the merge put another in its place
+    bias: Tensor | None = None  # the bias parameter, where the merge put another in its place
     digest: int = 0  # of what the merge wrote and what it was made from, in these dtypes
     dtypes: list[torch.dtype] = field(default_factory=list)
+
+    @property
+    def merged_class(self) -> type[nn.Module] | None:
+        """The module's class while merged; None for its own."""
+        return nn.Linear if self.into is None else None
 
 
 def merge_digest(host: nn.Module, adapters: LinearAdapters, undo: Replaced) -> int:
@@ -96,7 +99,7 @@ def merge_quantised(
 
     Args:
         updates: (rows, D[rows]) over the rows, D in fp32.
-        dtype: of a 16-bit layer; None is the dtype that the weight had before it was quantised.
+        dtype: of a 16-bit layer; None is the weight's own: of the last call where it is int8, and fp16 before any.
     """
     frozen = adapters.frozen
     assert isinstance(frozen, Quantised)
@@ -106,7 +109,7 @@ def merge_quantised(
     for rows, values in updates:
         update[rows] = values
     total = before + update
-    undo = Replaced(frozen.parameter, frozen.attributes(), into, nn.Linear if into is None else None, None)
+    undo = Replaced(frozen.parameter, frozen.attributes(), into)
     bias = host._parameters["bias"]
     new_bias = summed_bias(bias, adapters.terms)
     if new_bias is not None and into is None:
@@ -119,15 +122,12 @@ def merge_quantised(
         else:
             frozen.install(*frozen.quantised(total))
             merged = frozen.dense(torch.float32)
-        if not torch.isfinite(merged).all() or (new_bias is not None and not torch.isfinite(new_bias).all()):
-            stored = into or str(dtype).removeprefix("torch.")
-            raise LoraError(f"model: merging {name!r} gives NaN or infinity in {stored}; nothing was changed")
+        for values in [merged] if new_bias is None else [merged, new_bias]:
+            refuse_overflow(name, values, into)
         if new_bias is not None and new_bias is not bias:
             undo.bias = bias
             host._parameters["bias"] = nn.Parameter(new_bias.detach().clone(), requires_grad=False)
-        change, exact = (merged.float() - before).double(), update.double()
-        along, norm, lost = ((change * exact).sum(), exact.square().sum(), (change - exact).square().sum())
-        kept, noise = ((along / norm).item(), math.sqrt((lost / norm).item())) if norm else (1.0, 0.0)
+        kept, noise = kept_and_noise(moments(merged.float() - before, update))
         undo.dtypes = [t.dtype for t in _written(host, adapters, undo)]
         undo.digest = merge_digest(host, adapters, undo)
     except BaseException:
@@ -149,8 +149,7 @@ def put_back(host: nn.Module, frozen: FrozenWeight, undo: Replaced) -> None:
 
 def leave(host: nn.Module, adapters: LinearAdapters) -> None:
     """Before its adapters go for good: make a host that was merged into 16 bits a plain linear."""
-    undo = adapters.undo
-    if isinstance(undo, Replaced) and undo.merged_class is not None:
-        for attribute in undo.attributes:
-            delattr(host, attribute)
-        adapters.original, adapters.resting_layer = undo.merged_class, None
+    undo: Replaced = adapters.undo
+    for attribute in undo.attributes:
+        delattr(host, attribute)
+    adapters.original, adapters.resting_layer = nn.Linear, None

@@ -137,12 +137,17 @@ class EightBit(Quantised):
 
     quantisation = "int8"
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.seen: torch.dtype | None = None  # by the last call: a net of int8 linears alone tells no other
+
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float16  # which bitsandbytes rounds every weight to before it quantises it
+        return self.seen or torch.float16  # which bitsandbytes rounds every weight to before it quantises it
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return _autocast_dtype(x) or x.dtype
+        self.seen = _autocast_dtype(x) or x.dtype
+        return self.seen
 
     def output_dtype(self, x: Tensor) -> torch.dtype:
         return self.compute_dtype(x)

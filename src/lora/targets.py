@@ -162,7 +162,7 @@ def _check_skipped(
     """Refuse a linear that targets means and that another quantiser made, which would be skipped without a word."""
     heads = output_heads(model)
     for name, module in modules.items():
-        if name in linear or any(module.children()) or "linear" not in type(module).__name__.lower():
+        if name in linear or next(module.children(), None) is not None or "linear" not in type(module).__name__.lower():
             continue
         if matches(config.exclude, name) or not _in_layers(config.layers, name) or _within(config.train, name):
             continue

@@ -230,6 +230,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     import contextlib
 
     from lora.kernels import linear
+    from lora.kernels.tuning import Card
     from lora.ops import fused_forms
     from lora.ops.fused_linear import fused_linear
 
@@ -243,7 +244,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     main, side = _Stream("main", log), _Stream("side", log)
     monkeypatch.setattr(linear, "_side_stream", lambda device: side)
     monkeypatch.setattr(linear, "SMALL", 4)
-    monkeypatch.setattr(linear, "_card", lambda device: (major, 4))
+    monkeypatch.setattr(linear, "card", lambda device: Card(major, 4, 0))
     mm = torch.mm
 
     def cublas(left: Tensor, right: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

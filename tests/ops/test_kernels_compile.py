@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,14 +68,18 @@ class Operand:
 
 
 @pytest.fixture(params=[arch if arch in (80, 90) else pytest.param(arch, marks=pytest.mark.slow) for arch in CARDS])
-def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     """(compute capability, bytes of shared memory a program may have)"""
+    from lora.kernels import tuning
+
     kibibytes, processors = CARDS[request.param]
     found = types.SimpleNamespace(
         shared_memory_per_block_optin=kibibytes * 1024, multi_processor_count=processors, major=request.param // 10
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    return request.param, kibibytes * 1024
+    tuning.card.cache_clear()
+    yield request.param, kibibytes * 1024
+    tuning.card.cache_clear()
 
 
 @pytest.mark.parametrize("card", [90], indirect=True)

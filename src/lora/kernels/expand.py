@@ -2,13 +2,12 @@
 # Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The low-rank part of dx under dropout, for the plan that leaves the large product to cuBLAS."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dropout import tile_mask
-from .tuning import cdiv, power_of_two
+from .tuning import cdiv, power_of_two, precision
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -46,6 +45,6 @@ def expand_(out: Tensor, g: Tensor, a: Tensor, seed: Tensor, threshold: int) -> 
     expand_kernel[cdiv(n, 64), cdiv(columns, 256)](
         g, a, seed, out, n, columns, rank, g.stride(0), a.stride(0), out.stride(0), threshold,
         BM=64, BR=min(64, power_of_two(rank)),
-        PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        PRECISION=precision(g), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

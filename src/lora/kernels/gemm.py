@@ -2,15 +2,12 @@
 # Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The large product with the low-rank term in its accumulator: a persistent Hopper GEMM fed by TMA."""
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import cdiv, gemm_config
+from .tuning import card, cdiv, gemm_config
 
 
 @triton.jit
@@ -44,11 +41,6 @@ def gemm_kernel(
         y_desc.store([row, col], acc.to(y_desc.dtype))
 
 
-@functools.cache
-def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def can_describe(*tensors: Tensor) -> bool:
     """Whether TMA can read these matrices: unit column stride, rows and base on 16 bytes."""
     return all(
@@ -67,7 +59,7 @@ def gemm_(
     bm, bn, bk = config["BM"], config["BN"], config["BK"]
     describe = TensorDescriptor.from_tensor
     tiles = cdiv(n, bm) * cdiv(width, bn)
-    programs = min(_programs(x.device), tiles)
+    programs = min(card(x.device).processors if x.is_cuda else 4, tiles)
     gemm_kernel[(programs,)](
         describe(x, [bm, bk]), describe(w, [bk, bn]), describe(h, [bm, bk]), describe(b, [bk, bn]),
         describe(y, [bm, bn]), n, width, depth, rank,

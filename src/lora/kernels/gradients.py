@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reduce import BLOCK, summed
-from .tuning import cdiv, gradients_config
+from .tuning import cdiv, gradients_config, precision
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def gradients_(
     gradients_kernel[blocks, splits](
         dy, h, b, g_partial, dB_partial,
         n, columns, rank, dy.stride(0), h.stride(0), b.stride(0), slab,
-        EVEN=columns % bc == 0, BM=bm, BC=bc, BR=br, PRECISION="ieee" if dy.dtype == torch.float32 else "tf32",
+        EVEN=columns % bc == 0, BM=bm, BC=bc, BR=br, PRECISION=precision(dy),
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     g_programs = cdiv(n * rank, BLOCK)

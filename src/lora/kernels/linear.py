@@ -16,7 +16,7 @@ from .gradients import gradients_
 from .outer import outer_
 from .product import product
 from .shrink import shrink_
-from .tuning import GRADIENTS
+from .tuning import GRADIENTS, card
 
 SMALL = 2048
 """Rows under which a call is taken to be bound by its launches, of which cuBLAS on one stream has the fewest. As CUDA
@@ -28,13 +28,6 @@ SHRINK_RANKS, OUTER_RANKS = 64, 32
 always run."""
 
 
-@functools.cache
-def _card(device: torch.device) -> tuple[int, int]:
-    """(compute capability's major number, multiprocessors)"""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.multi_processor_count
-
-
 def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     """The rule: whether the Triton GEMM with the low-rank term in its accumulator computes dx.
 
@@ -42,7 +35,7 @@ def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
     14336 -> 4096, where cuBLAS with the term added first (beta = 1) is 3 to 8 % over. Elsewhere (no Hopper, few rows
     for the narrower side, strides that TMA cannot read) cuBLAS has it.
     """
-    major, processors = _card(x.device)
+    major, processors, _ = card(x.device)
     return (
         major == 9
         and (x.shape[0] // 128) * (min(weight.shape) // 256) * 2 >= processors
@@ -58,7 +51,7 @@ def reads_once(dy: Tensor, rank: int) -> bool:
     load of it in flight, so there the two passes stay, with cuBLAS for dB.
     """
     fits = dy.shape[0] >= SMALL and dy.numel() <= 2**27 and rank <= max(GRADIENTS)
-    return fits and _card(dy.device)[0] == 9
+    return fits and card(dy.device).major == 9
 
 
 class Weights(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import load_group
 from .reduce import reduce_
-from .tuning import cdiv, outer_config
+from .tuning import cdiv, outer_config, precision
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -61,7 +61,7 @@ def outer_(
         p, x, seed, partial,
         n, columns, rank, p.stride(0), x.stride(0), slab, threshold,
         DROPOUT=seed is not None, EVEN=columns % 256 == 0, BN=bn, BR=br,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION=precision(x),
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     if splits > 1:

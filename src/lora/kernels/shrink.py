@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dropout import load_group
 from .reduce import reduce_
-from .tuning import cdiv, shrink_config
+from .tuning import cdiv, precision, shrink_config
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -74,7 +74,7 @@ def shrink_(
         n, columns, rank, x.stride(0), w.stride(1) if tall else w.stride(0), partial.stride(-2), n * rank,
         threshold, inv_keep,
         TALL=tall, DROPOUT=seed is not None, EVEN=columns % 256 == 0, SPLITS=splits, BM=bm, BR=br,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION=precision(x),
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     if splits > 1:

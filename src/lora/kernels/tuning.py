@@ -4,7 +4,11 @@ Measured on one H200 (8192 rows, bf16, K = 1024, 4096 and 14336, r = 16, 32, 64 
 memory the same blocks take fewer stages.
 """
 
-from torch import Tensor, cuda
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 SHRINK = {  # (ranks up to, dropout): rows, ranks, parts of the columns (narrow, wide), warps, stages
     (32, False): (64, 32, (1, 1), 4, 4),
@@ -24,6 +28,28 @@ GRADIENTS = {16: (256, 512), 32: (256, 256)}  # ranks up to: columns a program (
 WIDE = 8192  # columns from which on the second number holds
 
 
+class Card(NamedTuple):
+    major: int  # of the compute capability; 9: Hopper
+    processors: int
+    memory: int  # bytes of shared memory that a program may have
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Card(properties.major, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def _fitting(stages: int, size: int, memory: int) -> int:
+    """As many stages of that size as the memory holds, at least one."""
+    return max(1, min(stages, memory // size))
+
+
+def precision(x: Tensor) -> str:
+    """Of a product: whole for the fp32 of the interpreter's tests; 16-bit operands have but one."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
 def cdiv(n: int, size: int) -> int:
     """How many blocks of a size cover n. triton.cdiv is for kernels, and takes microseconds of Python on the host."""
     return -(-n // size)
@@ -41,8 +67,7 @@ def _entry(
     rows, ranks, parts, warps, stages = table[limit, dropout]
     ranks = min(ranks, power_of_two(rank))
     if x.is_cuda:
-        memory = cuda.get_device_properties(x.device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
-        stages = max(1, min(stages, memory // ((rows + ranks) * 256 * x.element_size())))
+        stages = _fitting(stages, (rows + ranks) * 256 * x.element_size(), card(x.device).memory)
     return rows, ranks, parts[x.shape[1] > WIDE], warps, stages
 
 
@@ -63,10 +88,9 @@ def gradients_config(dy: Tensor, rank: int) -> dict[str, int]:
     rows, ranks, stages, processors = 64, power_of_two(rank), 4, 4
     columns = GRADIENTS[ranks][dy.shape[1] > 2048]
     if dy.is_cuda:
-        card = cuda.get_device_properties(dy.device)
-        processors = card.multi_processor_count
-        memory = card.shared_memory_per_block_optin - columns * ranks * dy.element_size()  # type: ignore[attr-defined]
-        stages = max(1, min(stages, memory // (rows * (columns + ranks) * dy.element_size())))
+        _, processors, memory = card(dy.device)
+        size = dy.element_size()
+        stages = _fitting(stages, rows * (columns + ranks) * size, memory - columns * ranks * size)
     return {"BM": rows, "BC": columns, "BR": ranks, "programs": processors, "warps": 8, "stages": stages}
 
 

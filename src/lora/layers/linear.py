@@ -67,12 +67,13 @@ class LoraLinear(LoraLayer):
                 return y
         bias: Tensor | None = self._parameters["bias"]
         training = self.training
-        updates = []
+        updates, own_bias = [], False
         for term in adapters.terms:
             own = term._parameters
             updates.append((own["A"], own["B"], term.scaling, term.dropout if training else 0.0))
-            if own["bias"] is not None:
-                bias = summed_bias(self._parameters["bias"], adapters.terms)
+            own_bias = own_bias or own["bias"] is not None
+        if own_bias:
+            bias = summed_bias(bias, adapters.terms)
         return lora_linear(x, adapters.frozen.dense(), bias, updates)
 
 

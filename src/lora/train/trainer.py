@@ -257,6 +257,7 @@ def _save(
     recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: StepWatch, stopped: str | None = None
 ) -> dict[str, float]:
     """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
+    lora.save(model, out)
     metrics: dict[str, float] = {
         "loss": watch.recent_loss,
         "seconds": round(watch.seconds, 3),
@@ -277,7 +278,6 @@ def _save(
         "metrics": metrics,
         "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    lora.save(model, out)
     for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
         with replaced(out / name) as file:
             file.write_text(content, encoding="utf-8")
