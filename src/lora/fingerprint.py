@@ -40,7 +40,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def quantisation(weights: dict[str, FrozenWeight]) -> str | None:
-    """How the targets are quantised: "nf4", or "int8, nf4" where they differ; None where none is."""
+    """How the targets are quantised: "nf4", "double-quantised nf4", "int8, nf4" where they differ; None: none is."""
     return ", ".join(sorted({_kind(w) for w in weights.values() if w.quantisation is not None})) or None
 
 

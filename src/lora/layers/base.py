@@ -2,7 +2,8 @@
 
 A host keeps its parameters, its hooks, its state-dict keys and its place in the model. Its adapters are one
 submodule, `lora`. While at least one of them acts, the host's class is a subclass of its own class with another
-`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation.
+`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation. (A quantised linear has the class
+`FrozenLinear[...]` then, until the last adapter leaves the model.)
 """
 
 import types
@@ -29,7 +30,7 @@ class Adapter:
 
 
 class LoraLayer(nn.Module):
-    """Mixin: the class of a host while its adapters act. Subclasses give `forward`."""
+    """Mixin: the class that a host takes for a while. Subclasses give `forward`."""
 
     original: ClassVar[type[nn.Module]]
     lora: "Adapters"
