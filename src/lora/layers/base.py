@@ -2,8 +2,8 @@
 
 A host keeps its parameters, its hooks, its state-dict keys and its place in the model. Its adapters are one
 submodule, `lora`. While at least one of them acts, the host's class is a subclass of its own class with another
-`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation. (A quantised linear has the class
-`FrozenLinear[...]` then, until the last adapter leaves the model.)
+`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation. (A quantised linear
+has the class `FrozenLinear[...]` then, until the last adapter leaves the model.)
 """
 
 import types
