@@ -31,8 +31,9 @@ def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
 
 def check_root(root: nn.Module) -> None:
     """Refuse to add or remove through another module than the one that was adapted: names would not be the same."""
+    carried = {host: adapters for host, _, adapters in hosts(root)}
     for name, record in resident(root).items():
-        if not any(host == record.anchor and name in adapters for host, _, adapters in hosts(root)):
+        if name not in carried.get(record.anchor, ()):
             raise LoraError(
                 f"model: adapter {name!r} was given to a module that this one is a part of, or that is a part of this "
                 "one; add and remove adapters through the same module"

@@ -136,7 +136,8 @@ def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Mod
         adapters = kind(host)
         host.lora = adapters
     adapters._modules[adapter.name] = part
-    adapters.train(host.training)
+    adapters.training = host.training
+    part.train(host.training)  # this one only: the rest follow the host already, and there may be many
     adapters.records[adapter.name] = adapter
 
 
