@@ -47,9 +47,9 @@ def test_published_counts(kind: str, settings: dict, r: int, targets: list[str],
 def test_injecting_into_the_70b_is_fast_and_allocates_nothing_but_a_and_b() -> None:
     model = on_meta("Llama", **LLAMA_70B)
     before = {id(p) for p in model.parameters()}
-    start = time.perf_counter()
+    start = time.process_time()
     lora.inject(model, r=4, targets=["q_proj", "k_proj", "v_proj"])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     fresh = [(n, p) for n, p in model.named_parameters() if id(p) not in before]
     assert len(fresh) == 80 * 3 * 2
     assert all(n.endswith((".A", ".B")) and p.is_meta for n, p in fresh)
