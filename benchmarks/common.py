@@ -64,8 +64,12 @@ def print_result(row: dict[str, Any]) -> None:
 def in_processes(
     script: str, variants: list[list[str]], shown: Callable[[dict[str, Any]], str], path: str | None, seconds: float
 ) -> None:
-    """Run the script once for each list of arguments; print a line for each, and write the CSV file after each."""
+    """Run the script once for each list of arguments; print a line for each, and write the CSV file after each.
+
+    Exits with an error at the end where one of them gave no result.
+    """
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for arguments in variants:
         name = " ".join(arguments)
         try:
@@ -73,13 +77,17 @@ def in_processes(
         except subprocess.TimeoutExpired as late:
             said = (late.stderr or b"").decode(errors="replace")
             print(f"{name}: no result in {seconds:.0f} s\n{said[-1500:]}", flush=True)
+            failed.append(name)
             continue
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not found:
             print(f"{name}: failed\n{done.stderr[-1500:]}" if done.returncode else name, flush=True)
+            failed += [name] if done.returncode else []
             continue
         rows.append(json.loads(found[0].removeprefix("RESULT ")))
         notes = [line for line in done.stderr.splitlines() if line.startswith("gate:")]
         print("\n  ".join([shown(rows[-1]), *notes]), flush=True)
         if path:
             write_csv(path, rows)
+    if failed:
+        raise SystemExit(f"without a result: {', '.join(failed)}")

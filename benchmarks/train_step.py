@@ -60,7 +60,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--only", help="variants with this in their name and options")
     parser.add_argument("--gate", action="store_true", help="the gate alone, in this process")
-    return parser.parse_args()
+    a = parser.parse_args()
+    if a.one is None and (a.dropout or a.checkpointing or a.profile):
+        parser.error("--dropout, --checkpointing and --profile need --one; a whole run has its own, see VARIANTS")
+    return a
+
+
+def of_every_process(a: argparse.Namespace) -> list[str]:
+    return [word for name in ("layers", "batch", "tokens", "r", "steps") for word in (f"--{name}", str(vars(a)[name]))]
 
 
 def base_model(layers: int) -> Any:
@@ -218,8 +225,10 @@ def main() -> None:
     elif a.one:
         print_result(measure(a))
     else:
-        subprocess.run([sys.executable, __file__, "--gate"], check=True)
-        chosen = [["--one", *variant] for variant in VARIANTS if a.only is None or a.only in " ".join(variant)]
+        if subprocess.run([sys.executable, __file__, "--gate", *of_every_process(a)]).returncode:
+            raise SystemExit("nothing was timed")
+        variants = [variant for variant in VARIANTS if a.only is None or a.only in " ".join(variant)]
+        chosen = [["--one", *variant, *of_every_process(a)] for variant in variants]
         in_processes(__file__, chosen, shown, a.csv, seconds=170)
 
 
