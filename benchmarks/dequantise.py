@@ -59,13 +59,13 @@ class Case:
         return self.bytes / RATE * 1e6
 
     def ours(self, i: int, config: dict[str, Any] | None = None, out: Tensor | None = None) -> Tensor:
-        from lora.kernels.dequantise import dequantise_4bit_, dequantise_int8_
+        from lora.kernels.dequantise import four_bit, int8
 
         out = self.outs[i] if out is None else out
         if self.format.kind == "int8":
             codes, scales = self.parts[i]
-            return dequantise_int8_(out, codes, scales, config)
-        return dequantise_4bit_(out, self.parts[i], self.format.block, self.format.nested, config)
+            return int8(codes, scales, config)(out)
+        return four_bit(out.numel(), self.parts[i], self.format.block, self.format.nested, config)(out)
 
     def theirs(self, i: int, out: Tensor | None = None) -> Tensor:
         out = self.outs[i] if out is None else out

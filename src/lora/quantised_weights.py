@@ -86,7 +86,7 @@ class FourBit(Quantised):
     def _state(self) -> Any:
         # The parameter loses it when FSDP makes a new one of its data; the module has it still.
         state: Any = getattr(self.parameter, "quant_state", None) or self.module.quant_state
-        if state is None or self.parameter.is_meta:
+        if state is None or _plain(self.parameter).is_meta:
             raise LoraError(
                 f"model: the weight of a {type(self.module).__name__} is not quantised yet: bitsandbytes does that "
                 "when the module moves to its device; call model.to(device) first, or load it with from_pretrained"
@@ -100,7 +100,7 @@ class FourBit(Quantised):
 
     def stored(self) -> Stored:
         state = self._state()
-        tensors = [self.parameter.detach(), state.absmax, state.code]  # with the parameter's version, unlike .data
+        tensors = [_plain(self.parameter), state.absmax, state.code]
         nested = 0
         if state.state2 is not None:
             nested = state.state2.blocksize
@@ -193,6 +193,12 @@ class EightBit(Quantised):
         state = self.module.state
         if attributes and state.CB is not None:  # bitsandbytes has moved them here from the parameter
             state.CB, state.SCB = self.parameter.data, state.SCB.to(self.parameter.device)
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """The parameter as a plain tensor, with its version, unlike .data. Its class takes each call through Python."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.detach()
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -4,6 +4,7 @@ A new way to store it is one more class here, a line in `weight_of`, its format 
 `targets.KNOWN_CLASSES`.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -107,12 +108,19 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def weight_of(module: nn.Module) -> FrozenWeight | None:
     """The frozen weight of a module that computes `W0 x (+ bias)`, or None where the library knows no such."""
+    if type(module) not in _KINDS:
+        _KINDS[type(module)] = _kind_of(module)
+    kind = _KINDS[type(module)]
+    return None if kind is None else kind(module)
+
+
+_KINDS: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight] | None] = {}
+"""By class of module. Quantised linears ask at each call."""
+
+
+def _kind_of(module: nn.Module) -> Callable[[nn.Module], FrozenWeight] | None:
     if isinstance(module, nn.Linear):
         if class_from(module, "bitsandbytes.", "Linear4bit"):
-            return FourBit(module)
-        if class_from(module, "bitsandbytes.", "Linear8bitLt"):
-            return EightBit(module)
-        return Dense(module)
-    if is_conv1d(module):
-        return Transposed(module)
-    return None
+            return FourBit
+        return EightBit if class_from(module, "bitsandbytes.", "Linear8bitLt") else Dense
+    return Transposed if is_conv1d(module) else None

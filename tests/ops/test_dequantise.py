@@ -283,45 +283,45 @@ FOUR_BIT_CASES = [  # shape, block, nested, words a program: whole tiles and rag
 @interpreted_dtypes
 @pytest.mark.parametrize(("shape", "block", "nested", "words"), FOUR_BIT_CASES)
 def test_kernel_four_bit(shape: tuple[int, int], block: int, nested: int, words: int, dtype: torch.dtype) -> None:
-    from lora.kernels.dequantise import dequantise_4bit_
+    from lora.kernels.dequantise import four_bit
 
     parts, form = made("nf4", shape, block, nested)
     config = {"WORDS": words, "warps": 4}
-    out = dequantise_4bit_(poisoned(shape, dtype), parts, block, nested, config)
+    out = four_bit(shape[0] * shape[1], parts, block, nested, config)(poisoned(shape, dtype))
     assert same_bits(out, dequantise(parts, form, dtype))
 
 
 @needs_interpreter
 def test_kernel_reads_packed_bytes_of_any_alignment() -> None:
-    from lora.kernels.dequantise import dequantise_4bit_
+    from lora.kernels.dequantise import four_bit
 
     parts, form = made("nf4", (16, 256), 64, 256)
     truth = dequantise(parts, form, torch.float16)
     for shift in range(1, 5):
         parts[0] = torch.cat([parts[0].new_zeros(shift), parts[0]])[shift:]
-        assert same_bits(dequantise_4bit_(poisoned((16, 256), torch.float16), parts, 64, 256), truth)
+        assert same_bits(four_bit(16 * 256, parts, 64, 256)(poisoned((16, 256), torch.float16)), truth)
 
 
 @needs_interpreter
 @interpreted_dtypes
 @pytest.mark.parametrize("shape", [(63, 341), (1, 1), (5, 4096), (3, 4100)])
 def test_kernel_int8(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from lora.kernels.dequantise import dequantise_int8_
+    from lora.kernels.dequantise import int8
 
     (codes, scales), form = made("int8", shape)
     truth = dequantise([codes, scales], form, dtype)
-    assert same_bits(dequantise_int8_(poisoned(shape, dtype), codes, scales), truth)
+    assert same_bits(int8(codes, scales)(poisoned(shape, dtype)), truth)
     config = {"COLUMNS": 256, "warps": 4}
-    assert same_bits(dequantise_int8_(poisoned(shape, dtype), codes, scales, config), truth)
+    assert same_bits(int8(codes, scales, config)(poisoned(shape, dtype)), truth)
 
 
 @needs_interpreter
 def test_kernel_of_no_rows() -> None:
-    from lora.kernels.dequantise import dequantise_4bit_, dequantise_int8_
+    from lora.kernels.dequantise import four_bit, int8
 
     parts, _ = made("nf4", (0, 64), 64)
-    assert dequantise_4bit_(torch.empty(0, 64), parts, 64, 0).shape == (0, 64)
-    assert dequantise_int8_(torch.empty(0, 64), *made("int8", (0, 64))[0]).shape == (0, 64)
+    assert four_bit(0, parts, 64, 0)(torch.empty(0, 64)).shape == (0, 64)
+    assert int8(*made("int8", (0, 64))[0])(torch.empty(0, 64)).shape == (0, 64)
 
 
 # On a GPU.
@@ -331,11 +331,12 @@ def test_kernel_of_no_rows() -> None:
 @dtypes
 @pytest.mark.parametrize(("shape", "block", "nested", "words"), FOUR_BIT_CASES)
 def test_gpu_four_bit(shape: tuple[int, int], block: int, nested: int, words: int, dtype: torch.dtype) -> None:
-    from lora.kernels.dequantise import dequantise_4bit_
+    from lora.kernels.dequantise import four_bit
 
     parts, form = made("nf4", shape, block, nested)
     config = {"WORDS": words, "warps": 2}
-    out = dequantise_4bit_(poisoned(shape, dtype, "cuda"), [t.cuda() for t in parts], block, nested, config)
+    on_gpu = [t.cuda() for t in parts]
+    out = four_bit(shape[0] * shape[1], on_gpu, block, nested, config)(poisoned(shape, dtype, "cuda"))
     assert same_bits(out.cpu(), dequantise(parts, form, dtype))
 
 

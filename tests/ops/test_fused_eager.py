@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora import LoraError
 from lora.ops import fused_eager
+from lora.ops.frozen_linear import frozen_linear
+from lora.ops.fused_forms import Matrices
 from lora.ops.fused_linear import fused_linear
 from lora.ops.recompute import remake
 
@@ -73,9 +75,9 @@ def test_a_checkpoint_holds_no_copies_of_A_and_B(monkeypatch: pytest.MonkeyPatch
     alive: list[weakref.ref[Tensor]] = []
     real = fused_eager.products
 
-    def spied(x: Tensor, h: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], B: list[Tensor]):  # type: ignore[no-untyped-def]
+    def spied(x: Tensor, h: Tensor, matrices: Matrices, biases: list[Tensor], B: list[Tensor]):  # type: ignore[no-untyped-def]
         alive.append(weakref.ref(B[0]))
-        return real(x, h, weights, formats, biases, B)
+        return real(x, h, matrices, biases, B)
 
     monkeypatch.setattr(fused_eager, "products", spied)
     gate, _ = factors()
@@ -108,7 +110,7 @@ def test_second_derivatives_are_refused_where_they_are_taken(linear_loss: bool, 
     W, A, B = parts()
     if quantised:
         codes = torch.full((10, 12), 3, dtype=torch.int8), torch.rand(10)
-        y = fused_linear(gate, list(codes), None, [[]], [[]], [[]], formats="int8:10x12")[0]
+        y = frozen_linear(gate, codes, "int8:10x12", None)
     else:
         y = ours(gate, W, A, B)
     head = torch.ones(10, requires_grad=True)
@@ -137,7 +139,7 @@ def test_a_call_in_inference_mode_does_not_spoil_the_next() -> None:
     gate, _ = factors()
 
     def frozen(x: Tensor) -> Tensor:
-        return fused_linear(x, list(W), None, [[]], [[]], [[]], formats="int8:10x12")[0]
+        return frozen_linear(x, W, "int8:10x12", None)
 
     with torch.inference_mode():
         frozen(gate)

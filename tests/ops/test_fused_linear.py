@@ -99,6 +99,24 @@ def test_numerical_gradients(p: float, bias: bool) -> None:
     torch.autograd.gradcheck(run, (x, *trained, *flatten(A), *flatten(B)))
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_gradients_where_only_biases_train(quantised: bool) -> None:
+    x, weights, biases, A, B, scalings = problem(7, 12, (5, 4), ((2,), (3,)))
+    for t in (x, *flatten(A), *flatten(B)):
+        t.requires_grad_(False)
+    assert biases is not None
+    biases = [b.requires_grad_() for b in biases]
+    formats = ""
+    if quantised:
+        weights = [t for n in (5, 4) for t in (torch.full((n, 12), 3, dtype=torch.int8), torch.rand(n))]
+        formats = "int8:5x12;int8:4x12"
+    first, _ = fused_linear(x, weights, biases, A, B, scalings, formats=formats)
+    dy = torch.randn(7, 5)
+    found = torch.autograd.grad(first, biases, dy, allow_unused=True)
+    assert torch.equal(found[0], dy.sum(0))
+    assert found[1] is None or not found[1].any()
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_opcheck(p: float) -> None:
     x, weights, biases, A, B, scalings = problem(7, 12, (5, 4), GROUP)

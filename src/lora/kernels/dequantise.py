@@ -5,7 +5,7 @@
 Every product and sum is rounded by itself, as bitsandbytes rounds them, so the launches forbid fused multiply-adds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -107,42 +107,55 @@ def dequantise_int8_kernel(codes_ptr, scales_ptr, out_ptr, columns, chunks, COLU
     tl.store(out_ptr + start + column, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def dequantise_4bit_(
-    out: Tensor, parts: Sequence[Tensor], block: int, nested: int, config: dict[str, int] | None = None
-) -> Tensor:
-    """Write the weight that the parts store into out.
+def four_bit(
+    n: int, parts: Sequence[Tensor], block: int, nested: int, config: dict[str, int] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function that writes the n weights that the parts store into a tensor (out, in), contiguous, and returns that.
 
     Args:
-        out: (out, in), contiguous; parts: packed (ceil(out in / 2),) uint8, absmax (blocks,), code (16,), and, where
-            the absmax is itself quantised in blocks of `nested`, absmax2, code2 (256,) and offset; all contiguous.
+        parts: packed (ceil(n / 2),) uint8, absmax (blocks,), code (16,), and, where the absmax is itself quantised in
+            blocks of `nested`, absmax2, code2 (256,) and offset; all contiguous.
         block: weights that share an absmax, a power of two from 8 on; nested: 0 for an fp32 absmax.
         config: as FOUR_BIT, which holds where None is given.
     """
-    n = out.numel()
     if n == 0:
-        return out
+        return lambda out: out
     config = config or FOUR_BIT
     words = config["WORDS"]
     packed, absmax, code, *rest = parts
     absmax2, code2, offset = rest if nested else (None, None, None)
     even = n % (words * 8) == 0 and packed.data_ptr() % 4 == 0 and packed.storage_offset() % 4 == 0
-    dequantise_4bit_kernel[(cdiv(n, words * 8),)](
-        packed[: n // 2].view(torch.int32) if even else packed, absmax, code, absmax2, code2, offset, out, n,
-        BLOCK=block, NESTED=nested, WORDS=words, EVEN=even,
-        num_warps=config["warps"], enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
+    packed = packed.view(torch.int32) if even else packed
+    kernel = dequantise_4bit_kernel[(cdiv(n, words * 8),)]
 
-
-def dequantise_int8_(out: Tensor, codes: Tensor, scales: Tensor, config: dict[str, int] | None = None) -> Tensor:
-    """Write codes * (scales / 127) into out (R, C); codes (R, C) int8, scales (R,) fp32, all contiguous."""
-    rows, columns = out.shape
-    if out.numel() == 0:
+    def launch(out: Tensor) -> Tensor:
+        kernel(
+            packed, absmax, code, absmax2, code2, offset, out, n,
+            BLOCK=block, NESTED=nested, WORDS=words, EVEN=even, num_warps=config["warps"], enable_fp_fusion=False,
+        )  # fmt: skip
         return out
+
+    return launch
+
+
+def int8(codes: Tensor, scales: Tensor, config: dict[str, int] | None = None) -> Callable[[Tensor], Tensor]:
+    """A function that writes codes * (scales / 127) into a tensor (R, C), and returns that.
+
+    Args:
+        codes: (R, C) int8; scales: (R,) fp32; all contiguous. config: as INT8, which holds where None is given.
+    """
+    rows, columns = codes.shape
+    if codes.numel() == 0:
+        return lambda out: out
     config = config or INT8
     chunks = cdiv(columns, config["COLUMNS"])
-    dequantise_int8_kernel[(rows * chunks,)](
-        codes, scales, out, columns, chunks,
-        COLUMNS=config["COLUMNS"], num_warps=config["warps"], enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
+    kernel = dequantise_int8_kernel[(rows * chunks,)]
+
+    def launch(out: Tensor) -> Tensor:
+        kernel(
+            codes, scales, out, columns, chunks,
+            COLUMNS=config["COLUMNS"], num_warps=config["warps"], enable_fp_fusion=False,
+        )  # fmt: skip
+        return out
+
+    return launch

@@ -58,7 +58,7 @@ class Weights(Protocol):
     """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
 
     def __getitem__(self, target: int) -> Tensor: ...
-    def shape(self, target: int) -> tuple[int, int]: ...
+    def rows(self, target: int) -> int: ...
 
 
 def segments(B: list[Tensor]) -> list[slice]:
@@ -75,8 +75,7 @@ def hidden(
     """h = scales * inv_keep * dropout(x) A^T, (n, R padded to 8) from x (n, K) and A (R, K)."""
     rank = A.shape[0]
     h = _thin(x, rank)
-    if rank:  # none where the product of the frozen weights is all
-        _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
+    _shrink_(h[:, :rank], x, A, scales, inv_keep, seed, threshold)
     return h
 
 
@@ -88,9 +87,8 @@ def products(x: Tensor, h: Tensor, weights: Weights, biases: list[Tensor], B: li
         # is as fast. The thin product first and the large one into it is 8 us faster than the other way at 8192 x 4096;
         # with a bias it would round otherwise than the base does, so there the base's product comes first.
         h_i = h[:, columns]
-        if biases or not b.shape[1]:
-            y = torch.nn.functional.linear(x, weights[i], biases[i] if biases else None)
-            ys.append(y.addmm_(h_i, b.t()) if b.shape[1] else y)
+        if biases:
+            ys.append(torch.nn.functional.linear(x, weights[i], biases[i]).addmm_(h_i, b.t()))
         else:
             ys.append((h_i @ b.t()).addmm_(x, weights[i].t()))
     return ys
@@ -145,7 +143,7 @@ def _dx_(
     Under dropout the masked part is written first and cuBLAS adds to it: measured as fast as a mask inside the GEMM at
     4096 x 4096, and 4 % faster at 14336 x 4096.
     """
-    first = max(range(len(dys)), key=lambda i: weights.shape(i)[0])
+    first = max(range(len(dys)), key=weights.rows)
     if seed is not None:
         expand_(dx, g, A, seed, threshold)
         done = -1

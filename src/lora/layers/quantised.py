@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.fused_linear import fused_linear
+from ..ops import as_dtype
+from ..ops.frozen_linear import frozen_linear
 from ..weights import FrozenWeight, weight_of
 from .base import LoraLayer, acting_class, adapters_of, base_modules, original_class, take_class
 
@@ -46,11 +47,8 @@ def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
             bias.data = kept  # bitsandbytes casts it to x's dtype in place
         return y
     dtype = weight.compute_dtype(x)
-    tensors, text = weight.stored()
-    (y,) = fused_linear(
-        x.to(dtype), tensors, None if bias is None else [bias.to(dtype)], [[]], [[]], [[]], formats=text
-    )
-    return y.to(weight.output_dtype(x))
+    y = frozen_linear(as_dtype(x, dtype), *weight.stored(), None if bias is None else as_dtype(bias, dtype))
+    return as_dtype(y, weight.output_dtype(x))
 
 
 def settle(root: nn.Module, carries: bool) -> None:

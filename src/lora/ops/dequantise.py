@@ -17,7 +17,7 @@ and what is below the smallest normal fp32 number becomes zero.
 import functools
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,11 +101,6 @@ def dequantise(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tens
     return weight
 
 
-def dequantised(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    """`dequantise` for code that is within an operator already: without the operator's own dispatch."""
-    return (_cuda if parts[0].is_cuda else _reference)(list(parts), format, dtype)
-
-
 def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
     """`dequantise(parts, format, dtype)[row, column]`, a tensor without dimensions, at the price of a few reads."""
     form = Format.parse(format)
@@ -122,23 +117,43 @@ def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: 
 
 def _bytes(packed: Tensor) -> Tensor:
     """The packed nibbles (bytes,) uint8, whatever dtype holds them."""
-    return packed.reshape(-1).view(torch.uint8)
+    flat = packed.reshape(-1)
+    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
 
 
-def _checked(parts: Sequence[Tensor], format: str) -> Format:
-    """The format, once the parts are known to be of it."""
-    form = Format.parse(format)
-    fits = len(parts) == form.tensors
-    if fits:  # a loop: every product over a quantised weight comes through here
-        for t, (size, dtype) in zip(parts, form.layout, strict=True):
-            elements_fit = t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
-            fits = fits and elements_fit
-    if not fits:
-        raise LoraError(
-            f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
-            f"(None: bytes): {form.layout}; take them from the weight and its quantisation state"
-        )
-    return form
+class Packed:
+    """A stored weight for code that is within an operator already; what can be done once for all its uses is.
+
+    Args:
+        parts: the tensors of `Format`, in its order, on one device; format: `str(Format(...))`.
+
+    Raises:
+        LoraError: the parts are not of that format.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], format: str) -> None:
+        self.parts, self.form = parts, Format.parse(format)
+        fits = len(parts) == self.form.tensors
+        if fits:  # a loop: every product over a quantised weight comes through here
+            for t, (size, dtype) in zip(parts, self.form.layout, strict=True):
+                elements_fit = t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
+                fits = fits and elements_fit
+        if not fits:
+            raise LoraError(
+                f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
+                f"(None: bytes): {self.form.layout}; take them from the weight and its quantisation state"
+            )
+        self._launch: Callable[[Tensor], Tensor] | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), its memory the caller's."""
+        if not self.parts[0].is_cuda or not _in_kernel(self.form):
+            return _reference(self.parts, self.form, dtype)
+        if self._launch is None:
+            self._launch = _launch(self.parts, self.form)
+        out = torch.empty(self.form.shape, dtype=dtype, device=self.parts[0].device)
+        with torch.cuda.device_of(out):
+            return self._launch(out)
 
 
 # The operator on the CPU, and wherever triton is not.
@@ -152,8 +167,7 @@ def _blockwise_(values: Tensor, scales: Tensor, block: int) -> Tensor:
     return values
 
 
-def _reference(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    form = _checked(parts, format)
+def _reference(parts: Sequence[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
     if form.kind == "int8":
         return (parts[0] * (parts[1] * INVERSE)[:, None]).to(dtype)
     packed, absmax, code, *outer = parts
@@ -173,24 +187,29 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _cuda(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    form = _checked(parts, format)
-    if not has_triton() or form.block % 8 or form.block & (form.block - 1):  # no power of two, as each of theirs is
-        return _reference(parts, format, dtype)
-    from ..kernels.dequantise import dequantise_4bit_, dequantise_int8_
+def _in_kernel(form: Format) -> bool:
+    """Whether the kernels take it: blocks of a power of two, as each of bitsandbytes' is."""
+    return has_triton() and form.block % 8 == 0 and form.block & (form.block - 1) == 0
 
-    out = parts[0].new_empty(form.shape, dtype=dtype)
-    with torch.cuda.device_of(out):
-        if form.kind == "int8":
-            return dequantise_int8_(out, parts[0].contiguous(), parts[1].contiguous())
-        flat = [_bytes(parts[0]), *(t.contiguous() for t in parts[1:])]
-        return dequantise_4bit_(out, flat, form.block, form.nested)
+
+def _launch(parts: Sequence[Tensor], form: Format) -> Callable[[Tensor], Tensor]:
+    """A function that writes the weight into a tensor."""
+    from ..kernels.dequantise import four_bit, int8
+
+    if form.kind == "int8":
+        return int8(parts[0].contiguous(), parts[1].contiguous())
+    flat = [_bytes(parts[0]), *[t.contiguous() for t in parts[1:]]]
+    return four_bit(form.shape[0] * form.shape[1], flat, form.block, form.nested)
+
+
+def _dense(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    return Packed(parts, format).dense(dtype)
 
 
 def _fake(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    return parts[0].new_empty(_checked(parts, format).shape, dtype=dtype)
+    return parts[0].new_empty(Packed(parts, format).form.shape, dtype=dtype)
 
 
-LIBRARY.impl("dequantise", _reference, "CPU")
-LIBRARY.impl("dequantise", _cuda, "CUDA")
+LIBRARY.impl("dequantise", _dense, "CPU")
+LIBRARY.impl("dequantise", _dense, "CUDA")
 torch.library.register_fake("lora::dequantise", _fake, lib=LIBRARY)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .fused_forms import backward, frozen_backward, hidden, products
+from .fused_forms import Matrices, backward, hidden, products
 from .recompute import Factors, remake
 
 T = TypeVar("T")
@@ -26,19 +26,29 @@ def is_plain(x: Tensor) -> bool:
     )
 
 
+def refuse_transforms() -> None:
+    """Raise within a transform of torch.func, whose derivatives would be wrong."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise LoraError(
+            "model: torch.func's transforms (grad, jvp, vmap, ...) do not pass through fused and quantised linears; "
+            "lora.merge(model) makes plain linears of them, through which they do"
+        )
+
+
 def once(function: Callable[..., Any]) -> Any:
     """A backward pass that has no derivative of its own, and says so when a second derivative reaches it."""
 
     @wraps(function)
     def loud(ctx: Any, *grads: Any) -> Any:
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return function(ctx, *grads)
+        with torch.no_grad():  # create_graph=True
             found = list(function(ctx, *grads))
-        if torch.is_grad_enabled():  # create_graph=True
-            places = [i for i, value in enumerate(found) if value is not None]
-            start = torch.empty(0, requires_grad=True)
-            ends = _End.apply(start, *(found[i] for i in places))  # type: ignore[no-untyped-call]
-            for i, value in zip(places, ends, strict=True):
-                found[i] = value
+        places = [i for i, value in enumerate(found) if value is not None]
+        start = torch.empty(0, requires_grad=True)
+        ends = _End.apply(start, *(found[i] for i in places))  # type: ignore[no-untyped-call]
+        for i, value in zip(places, ends, strict=True):
+            found[i] = value
         return tuple(found)
 
     return loud
@@ -60,9 +70,10 @@ class _End(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """What `Products` is told beside its tensors; `source` is the node that holds what its backward pass reads."""
+    """What `Products` is told beside its leaves: `sizes`, how many of them are weights, biases, A and B; `source`, the
+    node that holds what the backward pass reads, or None where nothing but biases trains."""
 
-    formats: str
+    matrices: Matrices
     dropout: float
     B_cast: list[Tensor]
     sizes: list[int]
@@ -97,38 +108,36 @@ class Products(torch.autograd.Function):
     """y_i = x W_i^T + b_i + h_i B_i^T, and the gradients of everything.
 
     The weights are not saved, which would have a checkpoint pack and unpack them, but kept; so they live as long as the
-    graph, whoever replaces them in their module meanwhile.
+    graph, whoever replaces them in their module meanwhile. Those that are stored as they are, and so might train, are
+    among the leaves as well.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Call, h: Tensor, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        weights, biases, A, B = _parts(leaves, call.sizes)
+        _, biases, A, B = _parts(leaves, call.sizes)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.weights, ctx.versions = call._replace(B_cast=[]), weights, _versions(weights)
+        ctx.call, ctx.versions = call._replace(B_cast=[]), versions(call.matrices.tensors)
         ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
         ctx.targets = [b.shape[0] for b in call.B_cast]
-        return tuple(products(x, h, weights, call.formats, biases, call.B_cast))
+        return tuple(products(x, h, call.matrices, biases, call.B_cast))
 
     @staticmethod
     @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, weights = ctx.call, ctx.weights
+        call = ctx.call
         dys = filled(grads, ctx.targets)
         if not dys:
             return (None,) * len(ctx.needs_input_grad)
         needs_x, *needs = ctx.needs_input_grad[2:]
-        if needs_x and ctx.versions != _versions(weights):
-            raise LoraError("model: a weight was changed after the forward pass; run that again, then backward")
+        if needs_x:
+            unchanged(call.matrices.tensors, ctx.versions)
         needs_w, needs_b, _, _ = _parts(needs, call.sizes)
         grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
-        if call.source is None:
-            dx = frozen_backward(dys, weights, call.formats) if needs_x else None
-            return None, None, dx, *[None] * len(weights), *grad_b, *[None] * len(ctx.masters)
+        if call.source is None:  # only biases train
+            return None, None, None, *[None] * len(needs_w), *grad_b, *[None] * len(ctx.masters)
         x, h, A_cast, scales, seed, *B_cast = call.source.saved_tensors
         x, factor, silu = (x, None, False) if call.source.remake is None else call.source.remake.factors()
-        found = backward(
-            dys, x, factor, silu, h, weights, call.formats, A_cast, B_cast, scales, call.dropout, seed, needs_x
-        )
+        found = backward(dys, x, factor, silu, h, call.matrices, A_cast, B_cast, scales, call.dropout, seed, needs_x)
         dx = found.pop() if needs_x else None
         grad_w = weight_gradients(dys, x, factor, silu, needs_w)
         return None, None, dx, *grad_w, *grad_b, *master_gradients(found, ctx.masters)
@@ -140,8 +149,14 @@ def _parts(items: Sequence[T], sizes: list[int]) -> list[list[T]]:
     return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
 
 
-def _versions(tensors: list[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def unchanged(weights: Sequence[Tensor], before: list[int]) -> None:
+    """Raise where a weight that the backward pass reads is not what it was."""
+    if versions(weights) != before:
+        raise LoraError("model: a weight was changed after the forward pass; run that again, then backward")
 
 
 def filled(grads: Sequence[Tensor | None], targets: list[int]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dequantise import Format, dequantised, has_triton
+from .dequantise import Format, Packed, has_triton
 from .philox import inverse_keep, keep_mask, threshold
 from .recompute import Factors
 
@@ -26,21 +26,19 @@ class Matrices:
 
     def __init__(self, tensors: Sequence[Tensor], formats: str, dtype: torch.dtype) -> None:
         self.tensors, self.dtype = tensors, dtype
-        self.formats = formats.split(";") if formats else []
+        self.packed: list[Packed] = []
+        start = 0
+        for text in formats.split(";") if formats else ():
+            end = start + Format.parse(text).tensors
+            self.packed.append(Packed(tensors[start:end], text))
+            start = end
 
-    def shape(self, target: int) -> tuple[int, int]:
-        """(out, in)"""
-        if self.formats:
-            return Format.parse(self.formats[target]).shape
-        out_features, in_features = self.tensors[target].shape
-        return out_features, in_features
+    def rows(self, target: int) -> int:
+        """The matrix's out."""
+        return self.packed[target].form.shape[0] if self.packed else self.tensors[target].shape[0]
 
     def __getitem__(self, target: int) -> Tensor:
-        if not self.formats:
-            return self.tensors[target]
-        sizes = [Format.parse(f).tensors for f in self.formats[: target + 1]]
-        end = sum(sizes)
-        return dequantised(self.tensors[end - sizes[-1] : end], self.formats[target], self.dtype)
+        return self.packed[target].dense(self.dtype) if self.packed else self.tensors[target]
 
 
 def _columns(B: list[Tensor]) -> list[int]:
@@ -63,31 +61,27 @@ def reference_hidden(x: Tensor, A_cast: Tensor, scales: Tensor, dropout: float, 
     """h (n, R), its rows padded to a multiple of 8."""
     rank = A_cast.shape[0]
     h = x.new_zeros(x.shape[0], -(-rank // 8) * 8)
-    if rank:
-        h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
+    h[:, :rank] = (_masked(x, dropout, seed) @ A_cast.t()) * _scale(scales, dropout, seed, x)
     return h
 
 
 def reference_products(
-    x: Tensor, h: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], B_cast: list[Tensor]
+    x: Tensor, h: Tensor, matrices: Matrices, biases: list[Tensor], B_cast: list[Tensor]
 ) -> list[Tensor]:  # fmt: skip
-    matrices = Matrices(weights, formats, x.dtype)
     ys, start = [], 0
     for i, b in enumerate(B_cast):
         y = torch.nn.functional.linear(x, matrices[i], biases[i] if biases else None)
-        rank = b.shape[1]
-        ys.append(y.addmm_(h[:, start : start + rank], b.t()) if rank else y)
-        start += rank
+        ys.append(y.addmm_(h[:, start : start + b.shape[1]], b.t()))
+        start += b.shape[1]
     return ys
 
 
 def reference_backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, matrices: Matrices, A_cast: Tensor,
+    B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     if factor is not None:
         x = Factors(x, factor, silu).product()
-    matrices = Matrices(weights, formats, x.dtype)
     rank, dtype = A_cast.shape[0], gradient_dtype(x)
     g = torch.cat([dy @ b for dy, b in zip(dys, B_cast, strict=True)], 1)
     g = (g * _scale(scales, dropout, seed, x)).to(x.dtype)
@@ -100,15 +94,6 @@ def reference_backward(
     for i, dy in enumerate(dys):
         dx = dx.addmm_(dy, matrices[i])
     return [dA, *dBs, dx]
-
-
-def frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> Tensor:
-    """dx = sum of dy_i W_i, where nothing trains: on every device."""
-    matrices = Matrices(weights, formats, dys[0].dtype)
-    dx = dys[0] @ matrices[0]
-    for i in range(1, len(dys)):
-        dx = dx.addmm_(dys[i], matrices[i])
-    return dx
 
 
 # With the kernels, where they run.
@@ -143,14 +128,14 @@ def hidden(x: Tensor, A_cast: Tensor, scales: Tensor, dropout: float, seed: Tens
 
 
 def products(
-    x: Tensor, h: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], B_cast: list[Tensor]
+    x: Tensor, h: Tensor, matrices: Matrices, biases: list[Tensor], B_cast: list[Tensor]
 ) -> list[Tensor]:  # fmt: skip
     if not _in_triton(x):
-        return reference_products(x, h, weights, formats, biases, B_cast)
+        return reference_products(x, h, matrices, biases, B_cast)
     from ..kernels import linear
 
     with torch.cuda.device_of(x):
-        return linear.products(_rows(x), h, Matrices(weights, formats, x.dtype), biases, B_cast)
+        return linear.products(_rows(x), h, matrices, biases, B_cast)
 
 
 def forward(
@@ -159,22 +144,20 @@ def forward(
 ) -> list[Tensor]:  # fmt: skip
     """[y_i ..., h]"""
     h = hidden(x, A_cast, scales, dropout, seed)
-    return [*products(x, h, weights, formats, biases, B_cast), h]
+    return [*products(x, h, Matrices(weights, formats, x.dtype), biases, B_cast), h]
 
 
 def backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, matrices: Matrices, A_cast: Tensor,
+    B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """[dA, dB_i ..., dx if needed]; x is silu(x) * factor, or x * factor, where there is one."""
     if not _in_triton(x):
-        return reference_backward(
-            dys, x, factor, silu, h, weights, formats, A_cast, B_cast, scales, dropout, seed, needs_dx
-        )
+        return reference_backward(dys, x, factor, silu, h, matrices, A_cast, B_cast, scales, dropout, seed, needs_dx)
     from ..kernels import linear
 
     with torch.cuda.device_of(x):
         return linear.backward(
-            [_rows(dy) for dy in dys], _rows(x), factor, silu, h, Matrices(weights, formats, x.dtype), A_cast, B_cast,
-            scales, *_dropout_numbers(dropout, seed), needs_dx,
+            [_rows(dy) for dy in dys], _rows(x), factor, silu, h, matrices, A_cast, B_cast, scales,
+            *_dropout_numbers(dropout, seed), needs_dx,
         )  # fmt: skip

@@ -12,16 +12,24 @@ and a quantised weight is dequantised again. `fused_forms.py` computes: in plain
 with `kernels/linear.py` on CUDA.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
-from .fused_eager import Call, Grads, Held, Products, filled, is_plain, master_gradients, weight_gradients
-from .fused_forms import Matrices, backward, forward, frozen_backward, gradient_dtype
+from .fused_eager import (
+    Call,
+    Grads,
+    Held,
+    Products,
+    filled,
+    is_plain,
+    master_gradients,
+    refuse_transforms,
+    weight_gradients,
+)
+from .fused_forms import Matrices, backward, forward, gradient_dtype
 from .philox import draw_seed
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
@@ -33,10 +41,6 @@ LIBRARY.define(
 LIBRARY.define(
     "fused_linear_backward(Tensor[] dys, Tensor x, Tensor? factor, bool silu, Tensor h, Tensor[] weights, str formats,"
     " Tensor A_cast, Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed, bool needs_dx) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    "frozen_linear_backward(Tensor[] dys, Tensor[] weights, str formats) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -105,46 +109,27 @@ def fused_linear(
     Raises:
         LoraError: within a transform of torch.func, whose derivatives would be wrong.
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        raise LoraError(
-            "model: torch.func's transforms (grad, jvp, vmap, ...) do not pass through fused and quantised linears; "
-            "lora.merge(model) makes plain linears of them, through which they do"
-        )
+    refuse_transforms()
     rows = x.reshape(-1, x.shape[-1])
     flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
-    plain = is_plain(x)
-    if flat_A:
-        copies = make_copies(A, B, scalings, x.dtype)
-    else:  # the frozen product alone
-        matrices = Matrices(weights, formats, x.dtype)
-        outs = tuple(matrices.shape(i)[0] for i in range(len(B)))
-        copies = (_nothing if plain else _nothing.__wrapped__)(outs, x.shape[-1], x.dtype, x.device)
+    copies = make_copies(A, B, scalings, x.dtype)
     if not dropout:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
     weights, biases = list(weights), list(biases or [])
-    if plain:
-        if flat_A or any(w.requires_grad for w in weights):
-            h = Held.apply(copies.A, copies.B, copies.scales, dropout, seed, rows, *weights, *flat_A, *flat_B)
-        else:
-            h = rows.new_empty(rows.shape[0], 0)
-        sizes = [len(weights), len(biases), len(flat_A), len(flat_B)]
-        call = Call(formats, dropout, copies.B, sizes, h.grad_fn)
-        outputs = Products.apply(call, h, rows, *weights, *biases, *flat_A, *flat_B)
+    if is_plain(x):
+        matrices = Matrices(weights, formats, x.dtype)
+        dense = [] if formats else weights
+        h = Held.apply(copies.A, copies.B, copies.scales, dropout, seed, rows, *dense, *flat_A, *flat_B)
+        sizes = [len(dense), len(biases), len(flat_A), len(flat_B)]
+        call = Call(matrices, dropout, copies.B, sizes, h.grad_fn)
+        outputs = Products.apply(call, h, rows, *dense, *biases, *flat_A, *flat_B)
     else:
         outputs = torch.ops.lora.fused_linear(
             rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
         )
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(B)]]
-
-
-@functools.cache
-def _nothing(outs: tuple[int, ...], width: int, dtype: torch.dtype, device: torch.device) -> Copies:
-    """Copies of no adapters."""
-    with torch.inference_mode(False):  # cached, for calls of every mode
-        like = torch.empty(0, dtype=dtype, device=device)
-        return Copies(like.new_empty(0, width), [like.new_empty(n, 0) for n in outs], like.float())
 
 
 # Shapes, and gradients.
@@ -167,17 +152,12 @@ def _fake_backward(
     return [*grads, x.new_empty(x.shape)] if needs_dx else grads
 
 
-def _fake_frozen_backward(dys: list[Tensor], weights: list[Tensor], formats: str) -> Tensor:
-    return dys[0].new_empty(dys[0].shape[0], Matrices(weights, formats, dys[0].dtype).shape(0)[1])
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, formats, _, A, B, A_cast, B_cast, scales, dropout, seed = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.needs_x = bool(A) or any(w.requires_grad for w in weights)  # a frozen product alone saves nothing
     # What eager calls save: a checkpoint may run its two forward passes by different ways.
-    ctx.save_for_backward(*((x, output[-1], A_cast, scales, seed, *B_cast) if ctx.needs_x else ()))
+    ctx.save_for_backward(x, output[-1], A_cast, scales, seed, *B_cast)
     ctx.dropout, ctx.weights, ctx.formats = dropout, weights, formats
     ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
     ctx.targets = [b.shape[0] for b in B_cast]
@@ -185,17 +165,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
-    weights, nothing = ctx.weights, [None] * len(ctx.targets)
+    nothing = [None] * len(ctx.targets)
     dys = filled(grads[:-1], ctx.targets)
     if not dys:
         return None, [None] * len(needs_w), None, [None] * len(needs_b), *_masters(ctx, []), None, nothing, *[None] * 3
     grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
-    if not ctx.needs_x:
-        dx = torch.ops.lora.frozen_linear_backward(dys, weights, ctx.formats) if needs_x else None
-        return dx, [None] * len(needs_w), None, grad_b, *_masters(ctx, []), None, nothing, *[None] * 3
     x, h, A_cast, scales, seed, *B_cast = ctx.saved_tensors
     found = torch.ops.lora.fused_linear_backward(
-        dys, x, None, False, h, weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
+        dys, x, None, False, h, ctx.weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
     )
     dx = found.pop() if needs_x else None
     grad_w = weight_gradients(dys, x, None, False, needs_w)
@@ -203,18 +180,23 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _masters(ctx: Any, found: list[Tensor]) -> tuple[Grads, Grads]:
-    """The gradients of A and of B; none where there are none."""
+    """The gradients of A and of B; none where no output was used."""
     grads: Grads = master_gradients(found, ctx.masters) if found else [None] * len(ctx.masters)
     return grads[: len(grads) // 2], grads[len(grads) // 2 :]
 
 
+def _backward_impl(
+    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    matrices = Matrices(weights, formats, x.dtype)
+    return backward(dys, x, factor, silu, h, matrices, A_cast, B_cast, scales, dropout, seed, needs_dx)
+
+
 LIBRARY.impl("fused_linear", forward, "CPU")
-LIBRARY.impl("fused_linear_backward", backward, "CPU")
+LIBRARY.impl("fused_linear_backward", _backward_impl, "CPU")
 LIBRARY.impl("fused_linear", forward, "CUDA")
-LIBRARY.impl("fused_linear_backward", backward, "CUDA")
-LIBRARY.impl("frozen_linear_backward", frozen_backward, "CPU")
-LIBRARY.impl("frozen_linear_backward", frozen_backward, "CUDA")
-torch.library.register_fake("lora::frozen_linear_backward", _fake_frozen_backward, lib=LIBRARY)
+LIBRARY.impl("fused_linear_backward", _backward_impl, "CUDA")
 torch.library.register_fake("lora::fused_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("lora::fused_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("lora::fused_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,114 @@
+# mypy: disable-error-code="no-untyped-call"
+# torch.library's registration functions carry no types.
+"""The product with one quantised weight on which no adapter acts: y = x W^T + b, dx = dy W.
+
+The activations are not quantised, and nothing is saved: the weight is dequantised again for the backward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .dequantise import Format, Packed
+from .fused_eager import is_plain, once, refuse_transforms, unchanged, versions
+
+LIBRARY = torch.library.Library("lora", "FRAGMENT")
+LIBRARY.define(
+    "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
+    """y (..., out) of x (..., in), in x's dtype.
+
+    Args:
+        parts: the tensors of `dequantise.Format`, in its order; format: `str(Format(...))`; bias: (out,), in x's dtype.
+
+    Raises:
+        LoraError: the parts are not of that format; or this runs within a transform of torch.func, whose derivatives
+            would be wrong.
+    """
+    refuse_transforms()
+    # Three dimensions pass where torch's own result is no view, which could not be changed in place.
+    if x.dim() != 2 and (x.dim() != 3 or bias is not None or not x.is_contiguous()):
+        rows = x.reshape(-1, x.shape[-1])
+        return _product(rows, parts, format, bias).view(*x.shape[:-1], Format.parse(format).shape[0])
+    return _product(x, parts, format, bias)
+
+
+def _product(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
+    y: Tensor = (
+        _Product.apply(Packed(parts, format), x, bias)
+        if is_plain(x)
+        else torch.ops.lora.frozen_linear(x, list(parts), format, bias)
+    )
+    return y
+
+
+class _Product(torch.autograd.Function):
+    """Eager calls. The weight is kept, not saved, as `fused_eager.Products` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.versions = weight, versions(weight.parts)
+        return linear(x, weight.dense(x.dtype), bias)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _, needs_x, needs_bias = ctx.needs_input_grad
+        if needs_x:
+            unchanged(ctx.weight.parts, ctx.versions)
+        return None, _dx(dy, ctx.weight) if needs_x else None, _bias_gradient(dy) if needs_bias else None
+
+
+def _dx(dy: Tensor, weight: Packed) -> Tensor:
+    return (dy if dy.dim() == 2 else dy.contiguous()) @ weight.dense(dy.dtype)
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum(list(range(dy.dim() - 1)))
+
+
+# The operator, for calls that are traced.
+
+
+def _forward(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
+    return linear(x, Packed(parts, format).dense(x.dtype), bias)
+
+
+def _backward_dx(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
+    return _dx(dy, Packed(parts, format))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.parts, ctx.format, _ = inputs
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs_x, _, _, needs_bias = ctx.needs_input_grad
+    dx = torch.ops.lora.frozen_linear_backward(dy, ctx.parts, ctx.format) if needs_x else None
+    return dx, [None] * len(ctx.parts), None, _bias_gradient(dy) if needs_bias else None
+
+
+def _fake(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Format.parse(format).shape[0])
+
+
+def _fake_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
+    return dy.new_empty(*dy.shape[:-1], Format.parse(format).shape[1])
+
+
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("frozen_linear", _forward, device)
+    LIBRARY.impl("frozen_linear_backward", _backward_dx, device)
+torch.library.register_fake("lora::frozen_linear", _fake, lib=LIBRARY)
+torch.library.register_fake("lora::frozen_linear_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("lora::frozen_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
