@@ -57,9 +57,9 @@ class Group:
             self.dissolve()
             return compute([host], x)[0]
         together = [m for m in self.members if m is host or _joins(m, host, x)]
-        outputs = compute(together, x)
-        self.ready = {self.members.index(m): (y, _state(m, x)) for m, y in zip(together, outputs, strict=True)}
-        y, _ = self.ready.pop(place)
+        outputs = dict(zip(together, compute(together, x), strict=True))
+        y = outputs.pop(host)
+        self.ready = {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
         self.x = x if self.ready else None
         return y
 
