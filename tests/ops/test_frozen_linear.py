@@ -156,6 +156,7 @@ def test_compiles_whole(form: str, with_bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(300, IN), (2, 150, IN)])
 def test_on_the_card(form: str, shape: tuple[int, ...], with_bias: bool, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()  # the cases share one code object, whose compiled forms are limited
     parts = parts_of(form, "cuda")
     x = random(*shape, dtype=dtype, device="cuda").requires_grad_()
     bias = random(OUT, dtype=dtype, device="cuda").requires_grad_() if with_bias else None
