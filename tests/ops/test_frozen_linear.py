@@ -118,6 +118,12 @@ def test_a_weight_changed_before_the_backward_pass(form: str) -> None:
         y.backward()
 
 
+@formats
+def test_transforms_of_torch_func_are_refused(form: str) -> None:
+    with pytest.raises(LoraError, match="torch.func's transforms"):
+        torch.func.grad(lambda x: frozen_linear(x, parts_of(form), form, None).sum())(random(3, IN))
+
+
 def test_parts_that_do_not_fit() -> None:
     with pytest.raises(LoraError, match=r"parts = .*allowed for int8:48x64.*take them from the weight"):
         frozen_linear(random(3, IN), parts_of(INT8)[:1], INT8, None)
@@ -131,6 +137,12 @@ def test_parts_that_do_not_fit() -> None:
 def test_opcheck(form: str, shape: tuple[int, ...], with_bias: bool) -> None:
     x, bias = random(*shape).requires_grad_(), random(OUT).requires_grad_() if with_bias else None
     torch.library.opcheck(torch.ops.lora.frozen_linear, (x, parts_of(form), form, bias))
+    y = torch.ops.lora.frozen_linear(x, parts_of(form), form, bias)
+    plain = torch.nn.functional.linear(x, dequantise(parts_of(form), form, x.dtype), bias)
+    leaves = [x] if bias is None else [x, bias]
+    found, truth = (torch.autograd.grad(out, leaves, random(*y.shape)) for out in (y, plain))
+    for mine, its in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, its)
 
 
 @formats
