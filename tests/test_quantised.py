@@ -19,6 +19,7 @@ from quantised_base import (
     bnb,
     distance,
     gradients,
+    linear,
     llama,
     net,
     values,
@@ -280,6 +281,41 @@ def test_state_dict_round_trip(kind: str) -> None:
     assert not result.missing_keys
     assert all(".weight." in key for key in result.unexpected_keys)
     assert torch.equal(other(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_compiled_code_stays_valid_when_other_models_are_adapted(kind: str) -> None:
+    """So nothing that it reads may grow, such as a cache by class or by shape."""
+    torch._dynamo.reset()
+    model = lora.inject(net(kind), r=2, targets=["0"])
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x = inputs()
+    compiled(x)
+    compiled(x)
+    once = counter.frame_count
+    other = nn.Sequential(linear(kind, 192, 64), type("Fresh", (nn.Linear,), {})(64, 64)).to(torch.bfloat16).to("cpu")
+    lora.inject(other, r=2, targets=["1"])
+    other(torch.ones(1, 192, dtype=torch.bfloat16))
+    compiled(x)
+    assert once == counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_bias_of_another_dtype_than_the_products(kind: str) -> None:
+    """On a linear without an adapter, beside one that has one."""
+    model = lora.inject(net(kind, torch.float32), r=2, targets=["0"])
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    host = model[4]
+    if kind != "int8":
+        host.compute_dtype = torch.bfloat16
+    host.bias.requires_grad_()
+    y = host(x)
+    y.sum().backward()
+    assert host.bias.dtype == torch.float32 and y.dtype == torch.bfloat16
+    plain = torch.nn.functional.linear(x, values(host).to(torch.bfloat16), host.bias.to(torch.bfloat16))
+    assert torch.equal(y, plain)
+    assert torch.equal(host.bias.grad, torch.full((64,), 9.0))
 
 
 @kinds

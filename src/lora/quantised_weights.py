@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraError
-from .ops.dequantise import Format, dequantise, element
+from .ops.dequantise import dequantise, element, format_text
 
 Stored = tuple[list[Tensor], str]
 """The tensors that store a weight, and how: `str(ops.dequantise.Format)`, or "" for a plain matrix."""
@@ -105,7 +105,7 @@ class FourBit(Quantised):
         if state.state2 is not None:
             nested = state.state2.blocksize
             tensors += [state.state2.absmax, state.state2.code, state.offset]
-        return tensors, _text(state.quant_type, self.shape, state.blocksize, nested)
+        return tensors, format_text(state.quant_type, self.shape, state.blocksize, nested)
 
     def attributes(self) -> dict[str, Any]:
         return {"quant_state": self.module.quant_state}
@@ -173,7 +173,7 @@ class EightBit(Quantised):
                 "bitsandbytes does that when the module moves to its device; call model.to(device) first, or load it "
                 "with from_pretrained"
             )
-        return [weight.detach(), scales], _text("int8", self.shape, 0, 0)
+        return [weight.detach(), scales], format_text("int8", self.shape)
 
     def attributes(self) -> dict[str, Any]:
         return {"state": self.module.state}
@@ -205,14 +205,3 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of x, where it is on; bitsandbytes' own products go through it too."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-_TEXTS: dict[tuple[str, tuple[int, int], int, int], str] = {}
-
-
-def _text(kind: str, shape: tuple[int, int], block: int, nested: int) -> str:
-    """The format's text, made once: this runs at each forward pass."""
-    key = kind, shape, block, nested
-    if key not in _TEXTS:
-        _TEXTS[key] = str(Format(*key))
-    return _TEXTS[key]

@@ -97,30 +97,33 @@ class Transposed(Dense):
         return super().dense(dtype).t()
 
 
+CONV1D = "transformers.pytorch_utils", "Conv1D"
+
+
+def comes_from(module_class: type[nn.Module], package: str, *names: str) -> bool:
+    """Whether a class is, or comes from, one of these of a package; told without an import of it."""
+    return any(c.__qualname__ in names and c.__module__.startswith(package) for c in module_class.__mro__)
+
+
 def class_from(module: nn.Module, package: str, *names: str) -> bool:
-    """Whether a module's class is, or comes from, one of these of a package; told without an import of it."""
-    return any(c.__qualname__ in names and c.__module__.startswith(package) for c in type(module).__mro__)
+    """`comes_from` of a module's class."""
+    return comes_from(type(module), package, *names)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    return class_from(module, "transformers.pytorch_utils", "Conv1D")
+    return class_from(module, *CONV1D)
 
 
 def weight_of(module: nn.Module) -> FrozenWeight | None:
     """The frozen weight of a module that computes `W0 x (+ bias)`, or None where the library knows no such."""
-    if type(module) not in _KINDS:
-        _KINDS[type(module)] = _kind_of(module)
-    kind = _KINDS[type(module)]
+    kind = weight_kind(type(module))
     return None if kind is None else kind(module)
 
 
-_KINDS: dict[type[nn.Module], Callable[[nn.Module], FrozenWeight] | None] = {}
-"""By class of module. Quantised linears ask at each call."""
-
-
-def _kind_of(module: nn.Module) -> Callable[[nn.Module], FrozenWeight] | None:
-    if isinstance(module, nn.Linear):
-        if class_from(module, "bitsandbytes.", "Linear4bit"):
+def weight_kind(module_class: type[nn.Module]) -> Callable[[nn.Module], FrozenWeight] | None:
+    """What makes the frozen weight of a module of this class."""
+    if issubclass(module_class, nn.Linear):
+        if comes_from(module_class, "bitsandbytes.", "Linear4bit"):
             return FourBit
-        return EightBit if class_from(module, "bitsandbytes.", "Linear8bitLt") else Dense
-    return Transposed if is_conv1d(module) else None
+        return EightBit if comes_from(module_class, "bitsandbytes.", "Linear8bitLt") else Dense
+    return Transposed if comes_from(module_class, *CONV1D) else None

@@ -45,6 +45,7 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "columns": lambda: random(IN, 7).t(),
     "batch": lambda: random(2, 5, IN),
     "transposed batch": lambda: random(5, 2, IN).transpose(0, 1),
+    "batch of one row each": lambda: random(1, 5, IN).transpose(0, 1),
     "four": lambda: random(2, 3, 2, IN),
     "no rows": lambda: random(0, IN),
     "no rows in a batch": lambda: random(2, 0, IN),
@@ -74,6 +75,22 @@ def test_is_torchs_product_with_the_dequantised_weight(form: str, layout: str, w
     assert torch.equal(y, 2 * plain)
     y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@biased
+def test_is_one_product_each_way(layout: str, with_bias: bool) -> None:
+    """Torch would take some strides as a batch of products, with a copy of the weight for each."""
+    x, bias = LAYOUTS[layout]().requires_grad_(), random(OUT) if with_bias else None
+    parts = parts_of(INT8)
+    out = frozen_linear(x, parts, INT8, bias)
+    others = out.transpose(0, -2).contiguous().transpose(0, -2) if out.dim() > 1 else out
+    for dy in (out.detach(), others.detach()):
+        with torch.profiler.profile() as seen:
+            frozen_linear(x, parts, INT8, bias).backward(dy)
+        names = [e.key for e in seen.key_averages() for _ in range(e.count)]
+        assert "aten::bmm" not in names
+        assert names.count("aten::mm") + names.count("aten::addmm") == 2
 
 
 @formats

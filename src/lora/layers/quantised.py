@@ -6,14 +6,15 @@ without gradients a call goes to bitsandbytes' own forward where that is what pe
 outliers, and the fused 4-bit products for few rows.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import as_dtype
 from ..ops.frozen_linear import frozen_linear
-from ..weights import FrozenWeight, weight_of
+from ..weights import FrozenWeight, weight_kind, weight_of
 from .base import LoraLayer, acting_class, adapters_of, base_modules, original_class, take_class
 
 FEW = 64
@@ -23,10 +24,16 @@ FEW = 64
 class FrozenLinear(LoraLayer):
     """A quantised linear on which no adapter acts."""
 
+    weight_kind: ClassVar[Callable[[nn.Module], FrozenWeight]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kind = weight_kind(cls)  # once a class, and not at each call
+        assert kind is not None
+        cls.weight_kind = kind
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = weight_of(self)
-        assert weight is not None
-        return frozen_product(self, weight, x)
+        return frozen_product(self, type(self).weight_kind(self), x)
 
 
 def by_bitsandbytes(host: nn.Module, weight: FrozenWeight, x: Tensor) -> bool:

@@ -53,8 +53,7 @@ class Format:
     nested: int = 0
 
     def __str__(self) -> str:
-        numbers = [n for n in (self.block, self.nested) if n]
-        return ":".join([self.kind, f"{self.shape[0]}x{self.shape[1]}", *map(str, numbers)])
+        return format_text(self.kind, self.shape, self.block, self.nested)
 
     @staticmethod
     @functools.cache
@@ -89,6 +88,14 @@ class Format:
     def tensors(self) -> int:
         """How many tensors store such a weight."""
         return len(self.layout)
+
+
+def format_text(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0) -> str:
+    """`str(Format(...))`, for each forward pass: cached nowhere, since what compiled code reads must not grow."""
+    text = f"{kind}:{shape[0]}x{shape[1]}"
+    if block:
+        text += f":{block}:{nested}" if nested else f":{block}"
+    return text
 
 
 def dequantise(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:

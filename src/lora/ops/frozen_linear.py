@@ -36,11 +36,19 @@ def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor 
             would be wrong.
     """
     refuse_transforms()
-    # Three dimensions pass where torch's own result is no view, which could not be changed in place.
-    if x.dim() != 2 and (x.dim() != 3 or bias is not None or not x.is_contiguous()):
+    if not (x.dim() == 2 or (x.dim() == 3 and bias is None and _are_rows(x))):
         rows = x.reshape(-1, x.shape[-1])
-        return _product(rows, parts, format, bias).view(*x.shape[:-1], Format.parse(format).shape[0])
+        y = _product(rows, parts, format, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return _product(x, parts, format, bias)
+
+
+def _are_rows(x: Tensor) -> bool:
+    """Whether torch takes (a, b, in) as one product, whose result is then no view, which nobody could change in place.
+
+    Without a bias only; and a contiguous tensor may have other strides still, where a dimension is 1.
+    """
+    return x.is_contiguous() and x.stride(0) == x.stride(1) * x.shape[1]
 
 
 def _product(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
@@ -70,7 +78,7 @@ class _Product(torch.autograd.Function):
 
 
 def _dx(dy: Tensor, weight: Packed) -> Tensor:
-    return (dy if dy.dim() == 2 else dy.contiguous()) @ weight.dense(dy.dtype)
+    return (dy.reshape(-1, dy.shape[-1]) @ weight.dense(dy.dtype)).view(*dy.shape[:-1], weight.form.shape[1])
 
 
 def _bias_gradient(dy: Tensor) -> Tensor:
