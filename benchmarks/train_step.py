@@ -37,6 +37,9 @@ VARIANTS = [
     ["lora+liger", "--checkpointing"],
     ["peft+liger", "--checkpointing"],
     ["unsloth", "--checkpointing"],
+    ["frozen", "--checkpointing"],
+    ["lora", "--checkpointing"],
+    ["peft", "--checkpointing"],
     ["frozen+liger"],
 ]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,6 +1,7 @@
 """lora::frozen_linear: the product with a quantised weight, against torch on the dequantised one."""
 
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora import LoraError
-from lora.ops.dequantise import dequantise
+from lora.ops.dequantise import Packed, dequantise
 from lora.ops.frozen_linear import frozen_linear
 
 IN, OUT = 64, 48
@@ -105,10 +106,6 @@ def test_saves_nothing(form: str) -> None:
 
 @formats
 def test_the_dense_weight_does_not_outlive_a_call(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
-    from lora.ops.dequantise import Packed
-
     made: list[weakref.ref[Tensor]] = []
     real = Packed.dense
 

@@ -58,7 +58,7 @@ class Format:
     @staticmethod
     @functools.cache
     def parse(text: str) -> "Format":
-        """The format that `str` wrote as text, such as nf4:4096x14336:64:256, int8:4096x14336."""
+        """The format that `str` wrote as text, such as nf4:4096x14336:64:256 or int8:4096x14336."""
         match = FORMAT.fullmatch(text)
         if match is None or (match[1] in ("nf4", "fp4")) != (match[4] is not None):
             raise LoraError(

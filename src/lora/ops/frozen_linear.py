@@ -88,11 +88,11 @@ def _bias_gradient(dy: Tensor) -> Tensor:
 # The operator, for calls that are traced.
 
 
-def _forward(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
+def _run(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
     return linear(x, Packed(parts, format).dense(x.dtype), bias)
 
 
-def _backward_dx(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
+def _run_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
     return _dx(dy, Packed(parts, format))
 
 
@@ -115,8 +115,8 @@ def _fake_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
 
 
 for device in ("CPU", "CUDA"):
-    LIBRARY.impl("frozen_linear", _forward, device)
-    LIBRARY.impl("frozen_linear_backward", _backward_dx, device)
+    LIBRARY.impl("frozen_linear", _run, device)
+    LIBRARY.impl("frozen_linear_backward", _run_backward, device)
 torch.library.register_fake("lora::frozen_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("lora::frozen_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("lora::frozen_linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -138,15 +138,6 @@ def products(
         return linear.products(_rows(x), h, matrices, biases, B_cast)
 
 
-def forward(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """[y_i ..., h]"""
-    h = hidden(x, A_cast, scales, dropout, seed)
-    return [*products(x, h, Matrices(weights, formats, x.dtype), biases, B_cast), h]
-
-
 def backward(
     dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, matrices: Matrices, A_cast: Tensor,
     B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,

@@ -29,7 +29,7 @@ from .fused_eager import (
     refuse_transforms,
     weight_gradients,
 )
-from .fused_forms import Matrices, backward, forward, gradient_dtype
+from .fused_forms import Matrices, backward, gradient_dtype, hidden, products
 from .philox import draw_seed
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
@@ -185,7 +185,19 @@ def _masters(ctx: Any, found: list[Tensor]) -> tuple[Grads, Grads]:
     return grads[: len(grads) // 2], grads[len(grads) // 2 :]
 
 
-def _backward_impl(
+# What the operator runs, on every device.
+
+
+def _run(
+    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
+    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """[y_i ..., h]"""
+    h = hidden(x, A_cast, scales, dropout, seed)
+    return [*products(x, h, Matrices(weights, formats, x.dtype), biases, B_cast), h]
+
+
+def _run_backward(
     dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
     A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -193,10 +205,9 @@ def _backward_impl(
     return backward(dys, x, factor, silu, h, matrices, A_cast, B_cast, scales, dropout, seed, needs_dx)
 
 
-LIBRARY.impl("fused_linear", forward, "CPU")
-LIBRARY.impl("fused_linear_backward", _backward_impl, "CPU")
-LIBRARY.impl("fused_linear", forward, "CUDA")
-LIBRARY.impl("fused_linear_backward", _backward_impl, "CUDA")
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("fused_linear", _run, device)
+    LIBRARY.impl("fused_linear_backward", _run_backward, device)
 torch.library.register_fake("lora::fused_linear", _fake, lib=LIBRARY)
 torch.library.register_fake("lora::fused_linear_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("lora::fused_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
