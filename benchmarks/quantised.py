@@ -41,6 +41,7 @@ VARIANTS = [  # case, who, base, and words: offload, 8bit (AdamW), graph, r64
     "512 lora nf4 graph 8bit",
     "70b lora nf4 offload",
     "70b lora nf4 offload 8bit r64",
+    "7b peft bf16",
     "7b peft nf4",
     "7b unsloth nf4",
     "512 unsloth nf4",
@@ -165,8 +166,12 @@ def built(words: list[str]) -> tuple[Any, Any, int]:
         return model, contextlib.nullcontext(), size
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
-    model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+    if kind == "bf16":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.enable_input_require_grads()
+    else:
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config), bf16, size
 

@@ -176,6 +176,21 @@ def test_mask_is_the_references(p: float) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(63, 341), (5, 256), (1, 1), (0, 341)])
+def test_dropped(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """A masked copy has the bits of x where the mask keeps them, and zeros elsewhere."""
+    from lora.kernels.dropped import dropped
+
+    rows, columns = shape
+    seed, limit, _, mask = dropout(0.3, rows, columns)
+    assert seed is not None
+    x = random(rows + 1, columns + 9).to(dtype)[:rows, 7:-2]
+    x[:, ::7] = float("inf")  # which a product with the mask would turn into NaN
+    assert torch.equal(dropped(x, seed, limit), torch.where(mask.bool(), x, 0))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("rank", [1, 24, 200])
 def test_expand(rank: int) -> None:
     from lora.kernels.expand import expand_
@@ -219,13 +234,14 @@ class _Stream:
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("product_of_two", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("major", "ranks"), [(9, (8, 5)), (9, (8, 40)), (8, (8, 5))])
+@pytest.mark.parametrize(("major", "ranks"), [(9, (8, 5)), (9, (8, 40)), (9, (40, 40)), (8, (8, 5))])
 def test_the_path_of_the_card_is_the_plain_one(
     major: int, ranks: tuple[int, int], p: float, product_of_two: bool, quantised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All launches of a forward and a backward pass, with the rules and the streams of a card pretended.
 
-    A Hopper card reads dy once at ranks up to 32; at others and on other cards dB is a product of cuBLAS's.
+    A Hopper card reads dy once at ranks up to 32; at others and on other cards dB is a product of cuBLAS's, as dA is
+    where a group has more than 32 ranks, or under dropout more than 64, for which x is masked once.
     """
     import contextlib
 
@@ -278,5 +294,5 @@ def test_the_path_of_the_card_is_the_plain_one(
 
     for mine, plain in zip(results(True), results(False), strict=True):
         assert (mine.double() - plain.double()).norm() <= 2e-3 * plain.double().norm()
-    products = sum(major != 9 or r > 32 for r in ranks) + (sum(ranks) > 32 and not p)
+    products = sum(major != 9 or r > 32 for r in ranks) + (sum(ranks) > (64 if p else 32))
     assert log == ["main records", "side waits for main's event", *["product"] * products, "main waits for side"]

@@ -129,13 +129,15 @@ def test_gemm_on_hopper() -> None:
 
 def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
     from lora.kernels.dequantise import FOUR_BIT, INT8, dequantise_4bit_kernel, dequantise_int8_kernel
+    from lora.kernels.dropped import dropped_kernel
     from lora.kernels.expand import expand_kernel
     from lora.kernels.product import product_kernel
     from lora.kernels.reduce import reduce_kernel
 
     arch, memory = card
     for kernel, constants, warps in (
-        (expand_kernel, {"BM": 64, "BR": 64, "PRECISION": "tf32"}, 4),
+        (expand_kernel, {"BM": 32, "BR": 64, "PRECISION": "tf32"}, 4),
+        (dropped_kernel, {"EVEN": False, "BM": 16}, 4),
         (product_kernel, {"SILU": True, "BLOCK": 2048}, 4),
         (reduce_kernel, {"SCALED": True, "BLOCK": 256}, 2),
         (dequantise_int8_kernel, {"COLUMNS": INT8["COLUMNS"]}, INT8["warps"]),

@@ -67,12 +67,29 @@ def tile_mask(rows, group, seed_ptr, threshold):
 
 
 @triton.jit
-def _part(x_ptr, rows, x_stride, row_mask, group, columns, high, low, limit, part: tl.constexpr, EVEN: tl.constexpr):
+def load_part(x_ptr, rows, x_stride, row_mask, group, columns, part: tl.constexpr, EVEN: tl.constexpr):
+    """One part (n, 32) of some rows (n, 1) and one group."""
     cols = (group * 256 + part * 32 + tl.arange(0, 32))[None, :]
-    x = tl.load(
-        x_ptr + rows.to(tl.int64) * x_stride + cols, mask=row_mask if EVEN else row_mask & (cols < columns), other=0.0
-    )
-    return masked(x, high, low, limit, part)
+    mask = row_mask if EVEN else row_mask & (cols < columns)
+    return tl.load(x_ptr + rows.to(tl.int64) * x_stride + cols, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_parts(x_ptr, rows, x_stride, row_mask, group, columns, seed_ptr, threshold, EVEN: tl.constexpr):
+    """mask * x of some rows (n, 1) and one group of 256 columns, as its eight parts."""
+    x0 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 0, EVEN)
+    x1 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 1, EVEN)
+    x2 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 2, EVEN)
+    x3 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 3, EVEN)
+    x4 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 4, EVEN)
+    x5 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 5, EVEN)
+    x6 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 6, EVEN)
+    x7 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 7, EVEN)
+    h, lo, t = dropout_words(rows, group, seed_ptr, threshold)
+    return (
+        masked(x0, h, lo, t, 0), masked(x1, h, lo, t, 1), masked(x2, h, lo, t, 2), masked(x3, h, lo, t, 3),
+        masked(x4, h, lo, t, 4), masked(x5, h, lo, t, 5), masked(x6, h, lo, t, 6), masked(x7, h, lo, t, 7),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -81,17 +98,10 @@ def load_group(
 ):  # fmt: skip
     """mask * x of some rows (n, 1) and one group of 256 columns."""
     if DROPOUT:
-        h, lo, t = dropout_words(rows, group, seed_ptr, threshold)
-        return side_by_side(
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 0, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 1, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 2, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 3, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 4, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 5, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 6, EVEN),
-            _part(x_ptr, rows, x_stride, row_mask, group, columns, h, lo, t, 7, EVEN),
+        x0, x1, x2, x3, x4, x5, x6, x7 = load_parts(
+            x_ptr, rows, x_stride, row_mask, group, columns, seed_ptr, threshold, EVEN
         )
+        return side_by_side(x0, x1, x2, x3, x4, x5, x6, x7)
     else:
         cols = (group * 256 + tl.arange(0, 256))[None, :]
         mask = row_mask if EVEN else row_mask & (cols < columns)

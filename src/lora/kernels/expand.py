@@ -42,9 +42,9 @@ def expand_(out: Tensor, g: Tensor, a: Tensor, seed: Tensor, threshold: int) -> 
     (n, columns), rank = out.shape, a.shape[0]
     if n == 0:
         return out
-    expand_kernel[cdiv(n, 64), cdiv(columns, 256)](
+    expand_kernel[cdiv(n, 32), cdiv(columns, 256)](
         g, a, seed, out, n, columns, rank, g.stride(0), a.stride(0), out.stride(0), threshold,
-        BM=64, BR=min(64, power_of_two(rank)),
+        BM=32, BR=min(64, power_of_two(rank)),
         PRECISION=precision(g), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

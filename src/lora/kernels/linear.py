@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .dropped import dropped
 from .expand import expand_
 from .gemm import can_describe, gemm_
 from .gradients import gradients_
@@ -24,8 +25,11 @@ graphs, r = 16, our kernels on two streams are 2 to 7 % ahead at 2048 rows, 8 % 
 6 % behind at 512; without a graph Python takes longer than any of them."""
 
 SHRINK_RANKS, OUTER_RANKS = 64, 32
-"""Ranks up to which our shrink, and our outer for dA, beat cuBLAS (measured at 16, 64 and 128); under dropout they
-always run."""
+"""Ranks up to which our shrink, and our outer for dA, beat cuBLAS (measured at 16, 64 and 128)."""
+
+MASKED_RANKS = 64
+"""Ranks up to which, under dropout, these two draw the mask themselves; for more they would draw it once for each block
+of ranks, and read a masked copy instead (measured at 64 and 96)."""
 
 
 def fuses(x: Tensor, weight: Tensor, *thin: Tensor) -> bool:
@@ -164,6 +168,8 @@ def _shrink_(
     out: Tensor, x: Tensor, w: Tensor, scales: Tensor, inv_keep: float, seed: Tensor | None, threshold: int
 ) -> None:
     """out = scales * inv_keep * dropout(x) w^T; cuBLAS for few rows and for many ranks."""
+    if seed is not None and w.shape[0] > MASKED_RANKS:
+        x, seed = dropped(x, seed, threshold), None
     if seed is None and (x.shape[0] < SMALL or w.shape[0] > SHRINK_RANKS):
         torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
     else:
@@ -172,6 +178,8 @@ def _shrink_(
 
 def _outer_(out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0) -> None:
     """out = p^T dropout(x) in fp32; cuBLAS for few rows and where p is not thin."""
+    if seed is not None and p.shape[1] > MASKED_RANKS:
+        x, seed = dropped(x, seed, threshold), None
     if seed is None and p.shape[0] and (p.shape[0] < SMALL or p.shape[1] > OUTER_RANKS):
         torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
     else:

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SHRINK = {  # (ranks up to, dropout): rows, ranks, parts of the columns (narrow, wide), warps, stages
+# Keys: (ranks up to, dropout); the last holds for more ranks as well, in blocks of its own.
+SHRINK = {  # rows, ranks, parts of the columns (narrow, wide), warps, stages
     (32, False): (64, 32, (1, 1), 4, 4),
     (64, False): (64, 64, (1, 1), 4, 3),
     (512, False): (64, 128, (1, 1), 4, 2),
     (32, True): (32, 32, (2, 4), 4, 3),
-    (512, True): (64, 64, (1, 1), 8, 3),
+    (64, True): (64, 64, (1, 1), 8, 3),
 }
-OUTER = {  # (ranks up to, dropout): rows a step, ranks, slabs of rows (narrow, wide), warps, stages
+OUTER = {  # rows a step, ranks, slabs of rows (narrow, wide), warps, stages
     (32, False): (64, 32, (16, 4), 4, 3),
     (512, False): (64, 128, (8, 2), 8, 3),
     (32, True): (32, 32, (16, 4), 4, 3),
     (64, True): (32, 64, (16, 4), 4, 3),
-    (512, True): (32, 128, (16, 4), 8, 3),
 }
 GRADIENTS = {16: (256, 512), 32: (256, 256)}  # ranks up to: columns a program (up to 2048 columns, more)
 WIDE = 8192  # columns from which on the second number holds
@@ -63,7 +63,8 @@ def power_of_two(rank: int) -> int:
 def _entry(
     table: dict[tuple[int, bool], tuple[int, int, tuple[int, int], int, int]], x: Tensor, rank: int, dropout: bool
 ) -> tuple[int, int, int, int, int]:
-    limit = min(top for top, drops in table if drops == dropout and (rank <= top or top == 512))
+    limits = [top for top, drops in table if drops == dropout]
+    limit = min((top for top in limits if rank <= top), default=max(limits))
     rows, ranks, parts, warps, stages = table[limit, dropout]
     ranks = min(ranks, power_of_two(rank))
     if x.is_cuda:
