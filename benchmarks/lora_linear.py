@@ -193,7 +193,8 @@ def variants(case: Case) -> dict[str, Callable[[int], object]]:
 def passes(case: Case) -> dict[str, float]:
     """Achieved TB/s of each bandwidth-bound pass, over the bytes of its tall operand, for the first target.
 
-    dy is counted once, also at the ranks where cuBLAS reads it a second time.
+    dy is counted once, also at the ranks where cuBLAS reads it a second time; x is counted once, also where a masked
+    copy of it is made first, whose time is in the rate.
     """
     from lora.kernels import linear
     from lora.kernels.gradients import gradients_

@@ -67,7 +67,7 @@ def tile_mask(rows, group, seed_ptr, threshold):
 
 
 @triton.jit
-def load_part(x_ptr, rows, x_stride, row_mask, group, columns, part: tl.constexpr, EVEN: tl.constexpr):
+def _load_part(x_ptr, rows, x_stride, row_mask, group, columns, part: tl.constexpr, EVEN: tl.constexpr):
     """One part (n, 32) of some rows (n, 1) and one group."""
     cols = (group * 256 + part * 32 + tl.arange(0, 32))[None, :]
     mask = row_mask if EVEN else row_mask & (cols < columns)
@@ -77,14 +77,14 @@ def load_part(x_ptr, rows, x_stride, row_mask, group, columns, part: tl.constexp
 @triton.jit
 def load_parts(x_ptr, rows, x_stride, row_mask, group, columns, seed_ptr, threshold, EVEN: tl.constexpr):
     """mask * x of some rows (n, 1) and one group of 256 columns, as its eight parts."""
-    x0 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 0, EVEN)
-    x1 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 1, EVEN)
-    x2 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 2, EVEN)
-    x3 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 3, EVEN)
-    x4 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 4, EVEN)
-    x5 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 5, EVEN)
-    x6 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 6, EVEN)
-    x7 = load_part(x_ptr, rows, x_stride, row_mask, group, columns, 7, EVEN)
+    x0 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 0, EVEN)
+    x1 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 1, EVEN)
+    x2 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 2, EVEN)
+    x3 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 3, EVEN)
+    x4 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 4, EVEN)
+    x5 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 5, EVEN)
+    x6 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 6, EVEN)
+    x7 = _load_part(x_ptr, rows, x_stride, row_mask, group, columns, 7, EVEN)
     h, lo, t = dropout_words(rows, group, seed_ptr, threshold)
     return (
         masked(x0, h, lo, t, 0), masked(x1, h, lo, t, 1), masked(x2, h, lo, t, 2), masked(x3, h, lo, t, 3),

@@ -14,9 +14,9 @@ from .tuning import cdiv
 @triton.jit(do_not_specialize=["threshold"])
 def dropped_kernel(
     x_ptr, seed_ptr, out_ptr,
-    n, columns, x_stride, out_stride, threshold, EVEN: tl.constexpr, BM: tl.constexpr,
+    n, columns, x_stride, threshold, EVEN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """out = mask * x, each program BM rows and 256 columns. x and out (n, K).
+    """out = mask * x, each program BM rows and 256 columns. x (n, K), out (n, K) contiguous.
 
     Moves 4 n K bytes: 134 MB at 8192 x 4096, 32 us.
     """
@@ -28,7 +28,7 @@ def dropped_kernel(
     for part in tl.static_range(8):
         cols = (group * 256 + part * 32 + tl.arange(0, 32))[None, :]
         mask = row_mask if EVEN else row_mask & (cols < columns)
-        tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, parts[part], mask=mask)
+        tl.store(out_ptr + rows.to(tl.int64) * columns + cols, parts[part], mask=mask)
 
 
 def dropped(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
@@ -37,6 +37,6 @@ def dropped(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if n:
         dropped_kernel[cdiv(n, 16), cdiv(columns, 256)](
-            x, seed, out, n, columns, x.stride(0), columns, threshold, EVEN=columns % 256 == 0, BM=16, num_warps=4
+            x, seed, out, n, columns, x.stride(0), threshold, EVEN=columns % 256 == 0, BM=16, num_warps=4
         )
     return out

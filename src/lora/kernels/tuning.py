@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Keys: (ranks up to, dropout); the last holds for more ranks as well, in blocks of its own.
+# Keys: (ranks up to, dropout). More ranks than the last key's take its row, a block of them a program.
 SHRINK = {  # rows, ranks, parts of the columns (narrow, wide), warps, stages
     (32, False): (64, 32, (1, 1), 4, 4),
     (64, False): (64, 64, (1, 1), 4, 3),
