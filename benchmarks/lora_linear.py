@@ -20,7 +20,7 @@ from common import write_csv
 from on_gpu import race
 from torch import Tensor
 
-from lora.ops.fused_linear import fused_linear
+from lora.ops.operator import fused_linear
 from lora.ops.philox import draw_seed, inverse_keep, keep_mask, threshold
 
 DEVICE, DTYPE, SCALING = "cuda", torch.bfloat16, 2.0

@@ -12,23 +12,21 @@ import lora
 SOURCE = Path(lora.__file__).parent
 # A part may import the parts before it in this list, and its own.
 ORDER = [
-    ["errors", "files"],
-    ["config", "kernels", "init", "tensor_file"],
-    ["ops", "undo"],
-    ["quantised_weights"],
-    ["weights"],
-    ["layers"],
-    ["quantised_model"],
-    ["resident", "targets", "fingerprint"],
+    ["errors"],
+    ["config", "kernels"],
+    ["ops"],
+    ["bases"],
+    ["updates"],
+    ["layers", "files"],
+    ["resident", "targets"],
     ["offload"],
     ["preparation"],
     ["report"],
-    ["merge_checks"],
-    ["quantised_merge"],
+    ["exact"],
     ["merging"],
-    ["adapters"],
-    ["injection", "peft_format"],
-    ["checkpoint"],
+    ["activation"],
+    ["injection"],
+    ["saving"],
     ["llama_adapter"],
     ["train"],
     ["commands"],
@@ -109,7 +107,7 @@ def test_import_alone_does_not_import_torch() -> None:
 def test_verbs_stay_functions_whatever_is_imported_first() -> None:
     code = """
 import importlib, pkgutil, types, lora
-for m in ("checkpoint", "injection", "merging", "report", "adapters"): importlib.import_module("lora." + m)
+for m in ("saving", "injection", "merging", "report", "activation"): importlib.import_module("lora." + m)
 for n in lora.__all__: assert not isinstance(getattr(lora, n), types.ModuleType), n
 names = {m.name for m in pkgutil.iter_modules(lora.__path__)}
 assert not names & set(lora.__all__), names & set(lora.__all__)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import lora
 from conftest import randomize, tiny_gpt2, tiny_llama
 from lora.cli import main
-from lora.commands.adapter_file import describe
 from lora.commands.console import clean_warnings
 from lora.commands.merge import new_folder
+from lora.files.description import describe
 from lora.train.base import load_base
 from lora.train.generation import generate as answers_of
 from tiny_base import ROOT, load_example_tokenizer, save_tiny_base
@@ -402,12 +402,12 @@ def test_inspect_of_a_broken_folder(
 
 
 def test_ctrl_c_ends_with_130(cli: Lora, monkeypatch: pytest.MonkeyPatch, adapter: Path) -> None:
-    from lora.commands import adapter_file
+    from lora.files import description
 
     def interrupt(folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_file, "describe", interrupt)
+    monkeypatch.setattr(description, "describe", interrupt)
     assert cli("inspect", adapter)[0] == 130
 
 
@@ -424,7 +424,7 @@ def test_the_module_runs_as_a_program(adapter: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The base as people save it quantised, by kind, in bf16 where it is not."""
+    """The base as people save it quantized, by kind, in bf16 where it is not."""
     pytest.importorskip("bitsandbytes")
     folders = {}
     for kind in ("nf4", "int8"):
@@ -438,8 +438,8 @@ def notes(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.strip()]
 
 
-def test_an_adapter_trained_on_a_quantised_base(cli: Lora, base: Path, rows: Path, tmp_path: Path) -> None:
-    """Tried on the base that it was trained on, on another, and merged into the one that is not quantised."""
+def test_an_adapter_trained_on_a_quantized_base(cli: Lora, base: Path, rows: Path, tmp_path: Path) -> None:
+    """Tried on the base that it was trained on, on another, and merged into the one that is not quantized."""
     pytest.importorskip("bitsandbytes")
     out, merged = tmp_path / "adapter", tmp_path / "merged"
     data = ["--data", rows, "--out", out, "--max-steps", 6, "--warmup-steps", 1, "--lr", 1e-2]
@@ -451,7 +451,7 @@ def test_an_adapter_trained_on_a_quantised_base(cli: Lora, base: Path, rows: Pat
     ask = ["generate", base, "--adapter", out, "--prompt", "count 3", "--max-new-tokens", 4]
     code, _, err = cli(*ask, "--quantize", "nf4")
     assert (code, notes(err)) == (0, [])
-    for quantize, other in (("none", "float32, not quantised"), ("int8", "int8")):
+    for quantize, other in (("none", "float32, not quantized"), ("int8", "int8")):
         code, _, err = cli(*ask, "--quantize", quantize)
         [note] = notes(err)
         assert code == 0
@@ -481,7 +481,7 @@ def test_an_adapter_trained_on_a_quantised_base(cli: Lora, base: Path, rows: Pat
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_a_base_that_is_stored_quantised(
+def test_a_base_that_is_stored_quantized(
     cli: Lora, stored: dict[str, Path], tmp_path: Path, kind: str, targets: Any
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -508,18 +508,18 @@ def test_a_base_that_is_stored_quantised(
     assert "bfloat16" in told
     saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert saved["model.layers.0.self_attn.v_proj.weight"].dtype == torch.bfloat16
-    quantised = "quantization_config" in json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert quantised == (targets != "all-linear")
+    quantized = "quantization_config" in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert quantized == (targets != "all-linear")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(again.model.layers[0].self_attn.v_proj) is torch.nn.Linear
     kinds = {type(module).__name__ for module in again.modules() if "Linear" in type(module).__name__}
-    assert kinds == ({"Linear", {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]} if quantised else {"Linear"})
-    if quantised:  # through our forward: bitsandbytes' own on a CPU takes no 4-bit weight as narrow as these
+    assert kinds == ({"Linear", {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]} if quantized else {"Linear"})
+    if quantized:  # through our forward: bitsandbytes' own on a CPU takes no 4-bit weight as narrow as these
         lora.inject(again, targets=["q_proj"])
     with torch.no_grad():
         logits = again.train()(ids).logits
     assert (logits - adapted).norm() < 0.05 * adapted.norm()
-    if not quantised:
+    if not quantized:
         assert cli("generate", tmp_path / "merged", *ask)[0] == 0
 
 
@@ -538,7 +538,7 @@ def test_a_note_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "note: /runs/[bold]/a: [/] careful\n"
 
 
-def test_what_the_readme_types_on_a_quantised_base(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_readme_types_on_a_quantized_base(cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its python block and its commands; without a GPU nothing is offloaded."""
     pytest.importorskip("bitsandbytes")
     (tmp_path / "examples" / "e2e").mkdir(parents=True)
@@ -547,7 +547,7 @@ def test_what_the_readme_types_on_a_quantised_base(cli: Lora, tmp_path: Path, mo
     (tmp_path / "examples" / "e2e" / "train.jsonl").write_text("".join(rows[:8]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Quantised bases\n")[2].partition("\n## ")[0]
+    section = readme.partition("## Quantized bases\n")[2].partition("\n## ")[0]
     [code] = re.findall(r"```python\n(.*?)```", section, re.S)
     names: dict[str, Any] = {}
     exec(code, names)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from conftest import MODELS, randomize, same_bits, snapshot, tiny_llama
-from lora.layers.base import hosts
+from lora.layers.host import hosts
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_no_held_out_meaning_is_trained_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenised", "plain"),
+    ("tokenized", "plain"),
     [
         ("It 's a family - friendly pub , near Café X .", "It's a family-friendly pub, near Café X."),
         ("price : £ 20 - 25", "price: £20-25"),
@@ -41,8 +41,8 @@ def test_no_held_out_meaning_is_trained_on() -> None:
         ("called ' Aromi ' here", "called ' Aromi ' here"),
     ],
 )
-def test_detokenising(tokenised: str, plain: str) -> None:
-    assert prepare.detokenise(tokenised) == plain
+def test_detokenizing(tokenized: str, plain: str) -> None:
+    assert prepare.detokenize(tokenized) == plain
 
 
 def test_bleu_counts_every_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

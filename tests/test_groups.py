@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_bert, tiny_llama
-from lora.layers import fused
-from lora.layers.base import hosts
+from lora.layers import groups
+from lora.layers.host import hosts
 
 CALLS: list[int] = []
 
 
 @pytest.fixture(autouse=True)
 def fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fused.fused_linear
+    real = groups.fused_linear
 
     def counted(x, weights, *rest, **keywords):  # type: ignore[no-untyped-def]
         CALLS.append(len(weights))
         return real(x, weights, *rest, **keywords)
 
-    monkeypatch.setattr(fused, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(fused, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(fused, "HAS_TRITON", True)
-    monkeypatch.setattr(fused, "fused_linear", counted)
+    monkeypatch.setattr(groups, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(groups, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(groups, "HAS_TRITON", True)
+    monkeypatch.setattr(groups, "fused_linear", counted)
     CALLS.clear()
 
 
@@ -40,7 +40,7 @@ def model() -> nn.Module:
 def plain(model: nn.Module, run) -> object:  # type: ignore[no-untyped-def]
     """The same without the fused path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "DEVICES", ())
+        patch.setattr(groups, "DEVICES", ())
         return run(model)
 
 
@@ -58,8 +58,8 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 def idle(model: nn.Module) -> bool:
-    groups = [a.group for _, _, a in hosts(model) if a.group is not None]
-    return bool(groups) and all(g.x is None and not g.ready for g in groups)
+    found = [a.group for _, _, a in hosts(model) if a.group is not None]
+    return bool(found) and all(g.x is None and not g.ready for g in found)
 
 
 def test_q_k_v_and_gate_up_run_together(model: nn.Module, ids: Tensor) -> None:
@@ -260,16 +260,16 @@ def test_summary_says_what_is_fused_and_why_not(
     assert lora.summary(model).groups == 6
     assert "6 groups of linears share an input" in str(lora.summary(model))
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(fused, "DTYPES", (torch.float32, torch.bfloat16))
+        monkeypatch.setattr(groups, "DTYPES", (torch.float32, torch.bfloat16))
         assert runs(model) == {"plain torch (autocast over weights of another dtype)"}
     lora.inject(model, r=2, targets=["q_proj"], name="two", dropout=0.1)
     lora.activate(model, ["default", "two"])
     model.train()
     assert runs(model) == {words, "plain torch (active adapters with different dropout)"}
     lora.activate(model, "default")
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(groups, "HAS_TRITON", False)
     assert runs(model) == {"plain torch (triton is not installed)", "idle"}
-    monkeypatch.setattr(fused, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(groups, "DTYPES", (torch.bfloat16,))
     assert runs(model) == {"plain torch (float32 compute)", "idle"}
-    monkeypatch.setattr(fused, "DEVICES", ("cuda",))
+    monkeypatch.setattr(groups, "DEVICES", ("cuda",))
     assert runs(model) == {"plain torch (on cpu)", "idle"}

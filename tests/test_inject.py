@@ -10,7 +10,7 @@ import lora
 from conftest import MODELS, randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
 from lora import LoraConfig, LoraError, LoraWarning
 from lora.layers import LoraLayer
-from lora.layers.base import hosts
+from lora.layers.host import hosts
 
 
 class Net(nn.Module):

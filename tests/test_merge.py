@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
-from lora.layers.base import adapters_of, hosts
-from lora.weights import Dense
+from lora.bases.weight import Dense
+from lora.layers.host import adapters_of, hosts
 
 TRAINED = Path(__file__).parents[1] / "examples" / "tiny-llama-8m"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,7 +119,7 @@ def test_unmerge_is_bit_exact_after_100_cycles(dtype: torch.dtype, ratio: float)
 def test_unmerge_is_bit_exact_in_several_blocks_and_threads(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora.undo._BLOCK", 1000)  # 160 columns: 6 rows a block, and a shorter last one
+    monkeypatch.setattr("lora.exact.patch._BLOCK", 1000)  # 160 columns: 6 rows a block, and a shorter last one
     model = TwoKinds(193, 160, dtype)
     lora.inject(model, r=5, targets=["linear", "conv"])
     scale_updates(model, 0.3)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import MODELS, randomize
-from lora.layers.base import hosts
+from lora.layers.host import hosts
 
 
 def pair(build, targets: list[str], ours: dict, theirs: dict) -> tuple[nn.Module, nn.Module]:

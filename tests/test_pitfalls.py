@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_llama
 from lora import LoraError
-from lora.layers.base import hosts
+from lora.layers.host import hosts
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_llama
-from lora.layers.base import adapters_of
+from lora.layers.host import adapters_of
 from lora.offload import Offload
 
 KINDS = [None, "nf4", "int8"]
@@ -19,13 +19,13 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def build(kind: str | None, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
-    from quantised_base import llama
+    from quantized_base import llama
 
     return randomize(lora.inject(llama(kind, dtype), r=4, targets=TARGETS, **settings))
 
 
 def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    from quantised_base import gradients
+    from quantized_base import gradients
 
     torch.manual_seed(0)  # the dropout's
     return gradients(model, model(ids).logits)
@@ -45,7 +45,7 @@ def test_checkpointing_gives_the_same_gradients_to_the_bit(kind: str | None, ids
 
 
 def test_prepare_before_and_after_inject_is_the_same(ids: Tensor) -> None:
-    from quantised_base import llama
+    from quantized_base import llama
 
     steps = [lambda m: lora.prepare(m, norms_fp32=True), lambda m: lora.inject(m, r=4, targets=TARGETS, init="kaiming")]
     found = []
@@ -175,22 +175,22 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_changes(make: Any, setti
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_weight_not_quantised_yet_is_refused(kind: str) -> None:
-    from quantised_base import linear
+def test_a_weight_not_quantized_yet_is_refused(kind: str) -> None:
+    from quantized_base import linear
 
     model = nn.Sequential(linear(kind, 64, 64))
-    with pytest.raises(lora.LoraError, match="not quantised yet"):
+    with pytest.raises(lora.LoraError, match="not quantized yet"):
         lora.prepare(model, checkpointing=False)
     lora.prepare(model.to("cpu"), checkpointing=False)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
-def test_summary_counts_a_quantised_weights_elements(kind: str) -> None:
+def test_summary_counts_a_quantized_weights_elements(kind: str) -> None:
     model, dense = build(kind), build(None)
     summary = lora.summary(model)
     assert summary.total == lora.summary(dense).total
     assert {row.runs for row in summary.rows} == {f"plain torch over {kind[-4:].strip()} (on cpu)"}
-    assert ("training multiplies by the dequantised weights" in str(summary)) == (kind == "int8")
+    assert ("training multiplies by the dequantized weights" in str(summary)) == (kind == "int8")
     assert "int8" not in str(lora.summary(dense))
     lora.merge(model)
     assert lora.summary(model).total == summary.total

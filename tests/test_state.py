@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import lora
 from conftest import randomize, same_bits, snapshot
 from lora import LoraError
-from lora.layers.base import hosts
+from lora.layers.host import hosts
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 

@@ -2,8 +2,8 @@
 
     python examples/e2e/prepare.py FOLDER_WITH_VALID_AND_TEST_TXT
 
-The source lines are `meaning||text`, in tokenised English ("a family - friendly pub , near ..."). Changed here: the
-spaces of the tokenisation are taken out, rows are sampled, and the held-out meanings carry all their references.
+The source lines are `meaning||text`, in tokenized English ("a family - friendly pub , near ..."). Changed here: the
+spaces of the tokenization are taken out, rows are sampled, and the held-out meanings carry all their references.
 """
 
 import argparse
@@ -18,7 +18,7 @@ HELD_OUT_MEANINGS = 60
 HERE = Path(__file__).parent
 
 
-def detokenise(text: str) -> str:
+def detokenize(text: str) -> str:
     """Plain English: "it 's family - friendly , £ 20 ." -> "it's family-friendly, £20."."""
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r" ([.,;:!?])", r"\1", text)
@@ -33,7 +33,7 @@ def read(path: Path) -> list[tuple[str, str]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         meaning, _, text = line.partition("||")
         # "name : Alimentum | area : city centre" -> "name: Alimentum | area: city centre"
-        pairs.append((detokenise(meaning), detokenise(text)))
+        pairs.append((detokenize(meaning), detokenize(text)))
     return pairs
 
 

@@ -9,11 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import activate as activate
-    from .adapters import disabled as disabled
-    from .adapters import remove as remove
-    from .checkpoint import load as load
-    from .checkpoint import save as save
+    from .activation import activate as activate
+    from .activation import disabled as disabled
+    from .activation import remove as remove
     from .config import LoraConfig as LoraConfig
     from .errors import LoraError as LoraError
     from .errors import LoraWarning as LoraWarning
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from .merging import unmerge as unmerge
     from .preparation import prepare as prepare
     from .report import summary as summary
+    from .saving import load as load
+    from .saving import save as save
 
 __version__ = "0.1.0"
 
@@ -29,14 +29,14 @@ _HOME = {
     "LoraConfig": "config",
     "LoraError": "errors",
     "LoraWarning": "errors",
-    "activate": "adapters",
-    "disabled": "adapters",
+    "activate": "activation",
+    "disabled": "activation",
     "inject": "injection",
-    "load": "checkpoint",
+    "load": "saving",
     "merge": "merging",
     "prepare": "preparation",
-    "remove": "adapters",
-    "save": "checkpoint",
+    "remove": "activation",
+    "save": "saving",
     "summary": "report",
     "unmerge": "merging",
 }

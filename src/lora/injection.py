@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .bases.quantizer import allow_training
+from .bases.weight import weight_of
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
-from .layers.base import acting_class, adapters_of, attach, base_modules, hosts, original_class, take_class
-from .layers.fused import form_groups
-from .layers.quantised import FrozenLinear, is_quantised, settle
-from .quantised_model import allow_training
+from .layers.frozen import FrozenLinear, is_quantized, settle
+from .layers.groups import form_groups
+from .layers.host import acting_class, adapters_of, attach, base_modules, hosts, original_class, take_class
 from .resident import activate_all, check_root, resident, unwrap
 from .targets import check_called, default_targets, select
-from .weights import weight_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Part = tuple[nn.Module, type[Adapters], nn.Module]
@@ -110,11 +110,11 @@ def whole_parts(
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
             whole[name] = tuple(n for n, _ in _base_parameters(modules[name]))
-            if any(is_quantised(module) for _, module in base_modules(modules[name])) or any(
+            if any(is_quantized(module) for _, module in base_modules(modules[name])) or any(
                 not p.is_floating_point() for _, p in _base_parameters(modules[name])
             ):
                 raise LoraError(
-                    f"train: {name!r} is quantised and cannot be trained whole; name it in targets, or load the model "
+                    f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
                     "with it in BitsAndBytesConfig(llm_int8_skip_modules=[...])"
                 )
             if not whole[name]:
@@ -132,7 +132,7 @@ def whole_parts(
     parts += [Whole(_copy_with_own(modules[n], trained, memo), trained) for n, trained in biased.items()]
     if loading:
         for part in parts:
-            _materialise(part)
+            _materialize(part)
     return [(modules[n], WholeAdapters, part) for n, part in zip(whole | biased, parts, strict=True)]
 
 
@@ -166,7 +166,7 @@ def _copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) 
         start = host.get_parameter(name)
         twin._parameters[name] = memo.setdefault(id(start), nn.Parameter(start.detach().clone()))
     _bare(twin, host)
-    if is_quantised(twin):
+    if is_quantized(twin):
         take_class(twin, acting_class(FrozenLinear, original_class(twin)))
     return twin
 
@@ -185,7 +185,7 @@ def _bare(twin: nn.Module, host: nn.Module) -> nn.Module:
     return twin
 
 
-def _materialise(part: Whole) -> None:
+def _materialize(part: Whole) -> None:
     """Room in memory for trained parameters that are on the meta device, before a file fills them."""
     for name in part.trained:
         owner, _, leaf = name.rpartition(".")

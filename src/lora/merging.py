@@ -8,23 +8,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .bases.quantizer import forget_quantization, model_dtype
+from .bases.weight import Dense
 from .errors import LoraError, LoraWarning
+from .exact.checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
+from .exact.patch import Digest, LinearUndo, Patch, row_blocks
+from .exact.replaced import INTO, Replaced, check_into, check_unchanged, leave, merge_quantized, put_back
 from .layers import LinearAdapters, WholeAdapters
-from .layers.base import hosts, refresh
-from .merge_checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
+from .layers.host import hosts, refresh
 from .ops import low_rank_product, summed_bias
-from .quantised_merge import INTO, Replaced, check_into, check_unchanged, leave, merge_quantised, put_back
-from .quantised_model import forget_quantisation, model_dtype
 from .report import MergedModule, MergeReport
 from .resident import acting, drop, is_merged, resident, unwrap
-from .undo import Digest, LinearUndo, Patch, row_blocks
-from .weights import Dense
 
 KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
 
 SURVIVED_FLOOR = 0.5
-"""A merge that quantises again is refused when less than this share of an update survives."""
+"""A merge that quantizes again is refused when less than this share of an update survives."""
 
 
 def merge(
@@ -32,12 +32,12 @@ def merge(
 ) -> MergeReport:  # fmt: skip
     """Fold the acting adapters into the weights, in place: W = round(W0 + sum of s B A), summed in fp32, rounded once.
 
-    A merged layer runs its own bare operation. `unmerge` gives W0 back bit for bit. A quantised linear becomes a plain
-    one, in the dtype of the model around it, from the dequantised weight plus the update.
+    A merged layer runs its own bare operation. `unmerge` gives W0 back bit for bit. A quantized linear becomes a plain
+    one, in the dtype of the model around it, from the dequantized weight plus the update.
 
     Args:
         unload: also drop the adapters, so that a plain model remains; there is no way back then.
-        into: "nf4", "fp4" or "int8": quantise the sum again, as the base is quantised, instead. Most of a fine-tuned
+        into: "nf4", "fp4" or "int8": quantize the sum again, as the base is quantized, instead. Most of a fine-tuned
             update is smaller than the steps of such a code and vanishes.
         force: accept that less than half of an update survives `into`.
 
@@ -65,7 +65,7 @@ def merge(
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
     report = MergeReport(merge_acting(root, into))
-    gone = [m for m in report.modules if m.quantised and m.survived < SURVIVED_FLOOR]
+    gone = [m for m in report.modules if m.quantized and m.survived < SURVIVED_FLOOR]
     if gone and not force:
         unmerge(root)
         worst = min(gone, key=lambda m: m.survived)
@@ -79,7 +79,7 @@ def merge(
     lossy = [m for m in report.modules if m.kept < KEPT_FLOOR]
     if lossy:
         worst = min(lossy, key=lambda m: m.kept)
-        advice = "into=None gives 16-bit layers" if worst.quantised else "or merge into a float32 copy of the base"
+        advice = "into=None gives 16-bit layers" if worst.quantized else "or merge into a float32 copy of the base"
         warnings.warn(
             f"merge: {len(lossy)} of {len(report.modules)} modules kept less than {KEPT_FLOOR:.0%} of their update in "
             f"{worst.stored}; the least is {worst.kept:.1%} ({worst.name}). Print the report for all, {advice}",
@@ -98,7 +98,7 @@ def _unload(root: nn.Module, names: list[str]) -> None:
         adapters.undo = None
     drop(root, names)
     if plain:
-        forget_quantisation(root, plain)
+        forget_quantization(root, plain)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -118,8 +118,8 @@ def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]
     """Merge what acts, whole or not at all; nothing at all may act."""
     targets = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.active]
     linears = [(name, host, adapters) for name, host, adapters in targets if isinstance(adapters, LinearAdapters)]
-    if into is not None and not any(adapters.quantised for _, _, adapters in linears):
-        raise LoraError(f"into: got {into!r}, but no target is quantised; merge, save, and quantise what was saved")
+    if into is not None and not any(adapters.quantized for _, _, adapters in linears):
+        raise LoraError(f"into: got {into!r}, but no target is quantized; merge, save, and quantize what was saved")
     for place in linears:
         check_into(*place, into)
     check_finite(targets)
@@ -128,7 +128,7 @@ def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]
 
 
 def merged_into(root: nn.Module) -> str | None:
-    """What quantised hosts of a merged model were merged into."""
+    """What quantized hosts of a merged model were merged into."""
     return next((a.undo.into for _, _, a in hosts(root) if isinstance(a.undo, Replaced)), None)
 
 
@@ -161,8 +161,8 @@ def _merge_host(place: Place, swapped: set[int], how: tuple[str | None, torch.dt
         adapters.undo = True
     else:
         assert isinstance(adapters, LinearAdapters)
-        if adapters.quantised:
-            result, adapters.undo = merge_quantised(name, host, adapters, _update_blocks(adapters), *how)
+        if adapters.quantized:
+            result, adapters.undo = merge_quantized(name, host, adapters, _update_blocks(adapters), *how)
         else:
             result, adapters.undo = _merge_linear(name, host, adapters)
     refresh(host)
@@ -175,7 +175,7 @@ def _unmerge_host(place: Place, swapped: set[int]) -> None:
         _swap_whole(name, host, adapters, swapped)
     else:
         assert isinstance(adapters, LinearAdapters)
-        if adapters.quantised:
+        if adapters.quantized:
             check_unchanged(name, host, adapters)
             put_back(host, adapters.frozen, adapters.undo)
         else:

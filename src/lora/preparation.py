@@ -1,19 +1,19 @@
-"""prepare: what a large or quantised model needs before it is trained."""
+"""prepare: what a large or quantized model needs before it is trained."""
 
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .bases.quantizer import model_dtype
+from .bases.weight import weight_of
 from .errors import LoraError
 from .layers import LowRank
-from .layers.base import base_modules
-from .layers.quantised import is_quantised
+from .layers.frozen import is_quantized
+from .layers.host import base_modules
 from .offload import Offload
-from .quantised_model import model_dtype
 from .resident import is_merged, unwrap
 from .targets import output_heads
-from .weights import weight_of
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -25,14 +25,14 @@ def prepare(
     norms_fp32: bool = False,
     head_dtype: torch.dtype | None = None,
 ) -> ModelT:
-    """Make a model, quantised or not, ready for training within little memory, in place; before or after `inject`.
+    """Make a model, quantized or not, ready for training within little memory, in place; before or after `inject`.
 
     `lora.summary` tells what is in force.
 
     Args:
         checkpointing: recompute each layer in the backward pass (True); keep the layers' inputs in pinned host memory
             as well ("offload", on a GPU); or neither (False: what the model does now stays).
-        norms_fp32: hold the normalisation weights in float32. They are not trained, so it only helps a model that
+        norms_fp32: hold the normalization weights in float32. They are not trained, so it only helps a model that
             overflows in float16.
         head_dtype: of the output head, whose input is cast to it; None leaves the head as it is.
 
@@ -40,7 +40,7 @@ def prepare(
         The same model.
 
     Raises:
-        LoraError: a weight that is not quantised yet, checkpointing that the model does not know, "offload" without a
+        LoraError: a weight that is not quantized yet, checkpointing that the model does not know, "offload" without a
             GPU, a tied head. The model is then as it was.
     """
     root = unwrap(model)
@@ -48,10 +48,10 @@ def prepare(
         raise LoraError(f"checkpointing: got {checkpointing!r}; allowed are True, False and 'offload'")
     heads = _heads(root, head_dtype) if head_dtype is not None else []
     for _, module in base_modules(root):
-        if is_quantised(module):
+        if is_quantized(module):
             weight = weight_of(module)
             assert weight is not None
-            weight.stored()  # raises where bitsandbytes has not quantised it yet
+            weight.stored()  # raises where bitsandbytes has not quantized it yet
     if checkpointing:
         _checkpoint(root, checkpointing == "offload")
     for module in _norms(root) if norms_fp32 else []:
@@ -162,8 +162,8 @@ def _heads(root: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     if not heads:
         raise LoraError(f"head_dtype: {type(root).__name__} has no output head under a known name; leave it None")
     for name, head in heads.items():
-        if any(is_quantised(module) for _, module in base_modules(head)):
-            raise LoraError(f"head_dtype: {name!r} is quantised; leave it None")
+        if any(is_quantized(module) for _, module in base_modules(head)):
+            raise LoraError(f"head_dtype: {name!r} is quantized; leave it None")
         for other, module in base_modules(root):
             shared = [p for p in module._parameters.values() if p is not None and p is head._parameters.get("weight")]
             if shared and module is not head and head.weight.dtype != dtype:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .bases.quantizer import model_dtype
+from .bases.weight import weight_of
 from .errors import LoraError
 from .layers import Adapters, LinearAdapters, LowRank
-from .layers.base import base_modules, hosts
-from .layers.fused import why_not
-from .layers.quantised import is_quantised
+from .layers.frozen import is_quantized
+from .layers.groups import why_not
+from .layers.host import base_modules, hosts
 from .preparation import prepared
-from .quantised_model import model_dtype
 from .resident import acting, is_merged, resident, unwrap
-from .weights import weight_of
 
 INT8_NOTE = (
-    "int8: training multiplies by the dequantised weights and never quantises activations; in eval mode without "
+    "int8: training multiplies by the dequantized weights and never quantizes activations; in eval mode without "
     "gradients bitsandbytes' LLM.int8() runs"
 )
 
@@ -103,7 +103,7 @@ class MergedModule:
 
     kept: <W - W0, D> / <D, D>: the share of the update that the merged weight has, along the update's direction.
     noise: |(W - W0) - D| / |D|: the rounding error beside the update.
-    quantised: "nf4", "fp4" or "int8" where the sum was quantised again.
+    quantized: "nf4", "fp4" or "int8" where the sum was quantized again.
     """
 
     name: str
@@ -111,19 +111,19 @@ class MergedModule:
     dtype: torch.dtype
     kept: float
     noise: float
-    quantised: str | None = None
+    quantized: str | None = None
 
     @property
     def survived(self) -> float:
-        """The lesser of `kept` and the cosine between W - W0 and D: quantising again can keep an update in the mean
+        """The lesser of `kept` and the cosine between W - W0 and D: quantizing again can keep an update in the mean
         and bury it under noise many times its size."""
         length = math.sqrt(max(0.0, self.noise**2 + 2 * self.kept - 1))  # |W - W0| / |D|
         return min(self.kept, self.kept / length if length else 1.0)
 
     @property
     def stored(self) -> str:
-        """How the merged weight is stored: a dtype's name, or the quantisation."""
-        return self.quantised or str(self.dtype).removeprefix("torch.")
+        """How the merged weight is stored: a dtype's name, or the quantization."""
+        return self.quantized or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,16 @@ def summary(model: nn.Module) -> Summary:
         acting=acting(root),
         merged=is_merged(root),
         prepared=prepared(root),
-        int8=any(a.frozen.quantisation == "int8" for _, _, a in hosts(root, LinearAdapters)),
+        int8=any(a.frozen.quantization == "int8" for _, _, a in hosts(root, LinearAdapters)),
         groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
 
 
 def _elements(root: nn.Module) -> int:
-    """The parameters' elements, a quantised weight's as many as it stands for; a shared one counts once."""
+    """The parameters' elements, a quantized weight's as many as it stands for; a shared one counts once."""
     counts = {id(p): p.numel() for p in root.parameters()}
     for _, module in base_modules(root):
-        if is_quantised(module):
+        if is_quantized(module):
             weight = weight_of(module)
             assert weight is not None
             counts[id(weight.parameter)] = math.prod(weight.shape)
@@ -201,9 +201,9 @@ def _path(host: nn.Module, adapters: Adapters, adapter: str, plain: torch.dtype 
     if not isinstance(adapters, LinearAdapters):
         return "own copy"
     frozen = adapters.frozen
-    dtype = plain if plain is not None and frozen.quantisation == "int8" else frozen.dtype  # int8 computes in x's
+    dtype = plain if plain is not None and frozen.quantization == "int8" else frozen.dtype  # int8 computes in x's
     reason = why_not(host, torch.empty(0, dtype=dtype, device=frozen.parameter.device))
-    over = f" over {adapters.frozen.quantisation}" if adapters.quantised else ""
+    over = f" over {adapters.frozen.quantization}" if adapters.quantized else ""
     if reason is not None:
         return f"plain torch{over} ({reason})"
     major, _ = torch.cuda.get_device_capability(adapters.frozen.parameter.device)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .bases.quantizer import allow_training
 from .errors import LoraError
-from .layers.base import Adapter, activate, detach, hosts
-from .layers.quantised import settle
-from .quantised_model import allow_training
+from .layers.frozen import settle
+from .layers.host import Adapter, activate, detach, hosts
 
 
 def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .bases.weight import weight_of
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
-from .layers.base import adapters_of, base_modules, original_class
-from .weights import weight_of
+from .layers.host import adapters_of, base_modules, original_class
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -28,7 +28,7 @@ ATTENTION_NAMES = (
 )
 SUPPORTED = "supported are nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit and Linear8bitLt"
 KNOWN_CLASSES = ("Conv1D", "Linear4bit", "Linear8bitLt")
-OTHER_QUANTISERS = {  # by the package that the module or its weight comes from
+OTHER_QUANTIZERS = {  # by the package that the module or its weight comes from
     "gptqmodel": "GPTQ",
     "auto_gptq": "GPTQ",
     "awq": "AWQ",
@@ -120,7 +120,7 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
     if kind.forward is not plain.forward:
         raise LoraError(
             f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
-            f"{SUPPORTED}, and subclasses that keep their forward{_other_quantiser(module)}"
+            f"{SUPPORTED}, and subclasses that keep their forward{_other_quantizer(module)}"
         )
     weight = module._parameters.get("weight")
     if weight is None:
@@ -130,11 +130,11 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     if is_lazy(weight):
         raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
-    if other := _other_quantiser(module):
+    if other := _other_quantizer(module):
         raise LoraError(f"targets: {name!r} cannot be adapted; {SUPPORTED}{other}")
     frozen = weight_of(module)
-    if frozen is not None and frozen.quantisation is not None:
-        frozen.stored()  # raises where nothing is quantised yet
+    if frozen is not None and frozen.quantization is not None:
+        frozen.stored()  # raises where nothing is quantized yet
     elif not weight.is_floating_point() or weight.element_size() < 2:
         raise LoraError(f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
@@ -144,13 +144,13 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _other_quantiser(module: nn.Module) -> str:
-    """The words for a module that another quantiser made; "" for any other."""
+def _other_quantizer(module: nn.Module) -> str:
+    """The words for a module that another quantizer made; "" for any other."""
     kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
-    for package, name in OTHER_QUANTISERS.items():
+    for package, name in OTHER_QUANTIZERS.items():
         if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
             return (
-                f". This one is quantised by {name}, which is not supported: load the model in 16 bits, or with "
+                f". This one is quantized by {name}, which is not supported: load the model in 16 bits, or with "
                 "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
             )
     return ""
@@ -159,7 +159,7 @@ def _other_quantiser(module: nn.Module) -> str:
 def _check_skipped(
     model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], linear: dict[str, nn.Module]
 ) -> None:
-    """Refuse a linear that targets means and that another quantiser made, which would be skipped without a word."""
+    """Refuse a linear that targets means and that another quantizer made, which would be skipped without a word."""
     heads = output_heads(model)
     for name, module in modules.items():
         if name in linear or next(module.children(), None) is not None or "linear" not in type(module).__name__.lower():
@@ -170,13 +170,13 @@ def _check_skipped(
             meant = not _within(heads, name)
         else:
             meant = matches(config.targets or default_targets(linear), name)
-        if meant and (other := _other_quantiser(module)):
+        if meant and (other := _other_quantizer(module)):
             raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {SUPPORTED}{other}, or exclude it")
 
 
 def _any_other(modules: dict[str, nn.Module]) -> str:
-    """The words for the first module that another quantiser made."""
-    return next((text for module in modules.values() if (text := _other_quantiser(module))), "")
+    """The words for the first module that another quantizer made."""
+    return next((text for module in modules.values() if (text := _other_quantizer(module))), "")
 
 
 def _matching(
@@ -210,7 +210,7 @@ def _matching(
                 kind = type(modules[name])
                 raise LoraError(
                     f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {SUPPORTED}"
-                    f"{_other_quantiser(modules[name])}{_inside(name, linear)}"
+                    f"{_other_quantizer(modules[name])}{_inside(name, linear)}"
                 )
     return [name for name in linear if matches(targets or default_targets(linear, _any_other(modules)), name)]
 

@@ -1,4 +1,4 @@
-"""lora::frozen_linear: the product with a quantised weight, against torch on the dequantised one."""
+"""lora::frozen_linear: the product with a quantized weight, against torch on the dequantized one."""
 
 import math
 import weakref
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora import LoraError
-from lora.ops.dequantise import Packed, dequantise
+from lora.ops.dequantize import Packed, dequantize
 from lora.ops.frozen_linear import frozen_linear
 
 IN, OUT = 64, 48
@@ -56,12 +56,12 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 @formats
 @biased
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_is_torchs_product_with_the_dequantised_weight(form: str, layout: str, with_bias: bool) -> None:
+def test_is_torchs_product_with_the_dequantized_weight(form: str, layout: str, with_bias: bool) -> None:
     x = LAYOUTS[layout]().requires_grad_()
     bias = random(OUT).requires_grad_() if with_bias else None
     leaves = [x] if bias is None else [x, bias]
     parts = parts_of(form)
-    weight = dequantise(parts, form, torch.float32)
+    weight = dequantize(parts, form, torch.float32)
     y = frozen_linear(x, parts, form, bias)
     rows = x.reshape(-1, IN)
     plain = torch.nn.functional.linear(rows, weight, bias).view(*x.shape[:-1], OUT)
@@ -152,7 +152,7 @@ def test_opcheck(form: str, shape: tuple[int, ...], with_bias: bool) -> None:
     x, bias = random(*shape).requires_grad_(), random(OUT).requires_grad_() if with_bias else None
     torch.library.opcheck(torch.ops.lora.frozen_linear, (x, parts_of(form), form, bias))
     y = torch.ops.lora.frozen_linear(x, parts_of(form), form, bias)
-    plain = torch.nn.functional.linear(x, dequantise(parts_of(form), form, x.dtype), bias)
+    plain = torch.nn.functional.linear(x, dequantize(parts_of(form), form, x.dtype), bias)
     leaves = [x] if bias is None else [x, bias]
     found, truth = (torch.autograd.grad(out, leaves, random(*y.shape)) for out in (y, plain))
     for mine, its in zip(found, truth, strict=True):
@@ -187,7 +187,7 @@ def test_on_the_card(form: str, shape: tuple[int, ...], with_bias: bool, dtype: 
     x = random(*shape, dtype=dtype, device="cuda").requires_grad_()
     bias = random(OUT, dtype=dtype, device="cuda").requires_grad_() if with_bias else None
     leaves = [x] if bias is None else [x, bias]
-    weight = dequantise(parts, form, dtype)
+    weight = dequantize(parts, form, dtype)
     y = frozen_linear(x, parts, form, bias)
     plain = torch.nn.functional.linear(x.view(-1, IN), weight, bias).view(*shape[:-1], OUT)
     assert torch.equal(y, plain)

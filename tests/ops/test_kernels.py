@@ -180,7 +180,7 @@ def test_mask_is_the_references(p: float) -> None:
 @pytest.mark.parametrize("shape", [(63, 341), (5, 256), (1, 1), (0, 341)])
 def test_dropped(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """A masked copy has the bits of x where the mask keeps them, and zeros elsewhere."""
-    from lora.kernels.dropped import dropped
+    from lora.kernels.masked_copy import dropped
 
     rows, columns = shape
     seed, limit, _, mask = dropout(0.3, rows, columns)
@@ -231,12 +231,12 @@ class _Stream:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("product_of_two", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("major", "ranks"), [(9, (8, 5)), (9, (8, 40)), (9, (40, 40)), (8, (8, 5))])
 def test_the_path_of_the_card_is_the_plain_one(
-    major: int, ranks: tuple[int, int], p: float, product_of_two: bool, quantised: bool, monkeypatch: pytest.MonkeyPatch
+    major: int, ranks: tuple[int, int], p: float, product_of_two: bool, quantized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All launches of a forward and a backward pass, with the rules and the streams of a card pretended.
 
@@ -247,8 +247,8 @@ def test_the_path_of_the_card_is_the_plain_one(
 
     from lora.kernels import linear
     from lora.kernels.tuning import Card
-    from lora.ops import fused_forms
-    from lora.ops.fused_linear import fused_linear
+    from lora.ops import reference
+    from lora.ops.operator import fused_linear
 
     for name, value in (
         ("current_stream", lambda device=None: main),
@@ -274,7 +274,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
     weights = [(random(n, 256) / 16).half() for n in (64, 256)]
     formats = ""
-    if quantised:
+    if quantized:
         scales = [w.float().abs().amax(1) for w in weights]
         codes = [(w / s[:, None] * 127).round().to(torch.int8) for w, s in zip(weights, scales, strict=True)]
         weights = [t for pair in zip(codes, scales, strict=True) for t in pair]
@@ -285,7 +285,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     leaves = [left, *([right] if product_of_two else []), *(t for group in (*A, *B) for t in group)]
 
     def results(with_kernels: bool) -> list[Tensor]:
-        monkeypatch.setattr(fused_forms, "_in_triton", lambda x: with_kernels)
+        monkeypatch.setattr(reference, "_in_triton", lambda x: with_kernels)
         x = left * right if product_of_two else left * 1.0
         ys = fused_linear(x, weights, None, A, B, [[2.0], [1.0]], p, seed, formats)
         dys = [random(*y.shape).half() for y in ys]

@@ -128,9 +128,9 @@ def test_gemm_on_hopper() -> None:
 
 
 def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
-    from lora.kernels.dequantise import FOUR_BIT, INT8, dequantise_4bit_kernel, dequantise_int8_kernel
-    from lora.kernels.dropped import dropped_kernel
+    from lora.kernels.dequantize import FOUR_BIT, INT8, dequantize_4bit_kernel, dequantize_int8_kernel
     from lora.kernels.expand import expand_kernel
+    from lora.kernels.masked_copy import dropped_kernel
     from lora.kernels.product import product_kernel
     from lora.kernels.reduce import reduce_kernel
 
@@ -140,7 +140,7 @@ def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
         (dropped_kernel, {"EVEN": False, "BM": 16}, 4),
         (product_kernel, {"SILU": True, "BLOCK": 2048}, 4),
         (reduce_kernel, {"SCALED": True, "BLOCK": 256}, 2),
-        (dequantise_int8_kernel, {"COLUMNS": INT8["COLUMNS"]}, INT8["warps"]),
-        (dequantise_4bit_kernel, {"BLOCK": 64, "NESTED": 256, "WORDS": FOUR_BIT["WORDS"], "EVEN": True}, 4),
+        (dequantize_int8_kernel, {"COLUMNS": INT8["COLUMNS"]}, INT8["warps"]),
+        (dequantize_4bit_kernel, {"BLOCK": 64, "NESTED": 256, "WORDS": FOUR_BIT["WORDS"], "EVEN": True}, 4),
     ):
         assert shared_memory(kernel, arch, constants, warps, 2, absmax_ptr="*u8") <= memory, kernel

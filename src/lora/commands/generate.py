@@ -27,7 +27,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of the weights: auto, fp32, bf16, fp16.")] = "auto",
     quantize: Annotated[
-        str, typer.Option(help="Load the model quantised, as an adapter was trained: none, nf4, int8.")
+        str, typer.Option(help="Load the model quantized, as an adapter was trained: none, nf4, int8.")
     ] = "none",
 ) -> None:
     """Answer a prompt, or a file of them, rendered exactly as in training.
@@ -104,7 +104,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from ..files import replaced
+    from ..files.commit import replaced
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as file:

@@ -13,7 +13,7 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="Adapter folder, ours o
 
     lora inspect my-adapter
     """
-    from .adapter_file import describe
+    from ..files.description import describe
 
     found = describe(adapter)
     typer.echo(str(found))

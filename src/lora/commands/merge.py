@@ -33,8 +33,8 @@ def merge(
 ) -> None:
     """Fold an adapter into its base and save a plain model, which needs no lora to run.
 
-    Merge into the base that is not quantised, also when the adapter was trained on a quantised one. Where the base is
-    stored quantised, the layers that the adapter changes become 16-bit ones.
+    Merge into the base that is not quantized, also when the adapter was trained on a quantized one. Where the base is
+    stored quantized, the layers that the adapter changes become 16-bit ones.
 
     lora merge org/base my-adapter merged
     """
@@ -48,7 +48,7 @@ def merge(
 
     tokenizer = load_tokenizer(model)
     with clean_warnings():
-        # On the CPU even when it is stored quantised: what comes out is several times as large.
+        # On the CPU even when it is stored quantized: what comes out is several times as large.
         merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype), device="cpu")
         lora.load(merged, adapter)
         report = lora.merge(merged, unload=True)

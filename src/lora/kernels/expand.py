@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import tile_mask
+from .mask import tile_mask
 from .tuning import cdiv, power_of_two, precision
 
 

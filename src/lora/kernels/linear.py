@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .dropped import dropped
 from .expand import expand_
 from .gemm import can_describe, gemm_
 from .gradients import gradients_
+from .masked_copy import dropped
 from .outer import outer_
 from .product import product
 from .shrink import shrink_
@@ -59,7 +59,7 @@ def reads_once(dy: Tensor, rank: int) -> bool:
 
 
 class Weights(Protocol):
-    """Weights (out, in) by target; a quantised one is made dense when asked for, so hold no more than one."""
+    """Weights (out, in) by target; a quantized one is made dense when asked for, so hold no more than one."""
 
     def __getitem__(self, target: int) -> Tensor: ...
     def rows(self, target: int) -> int: ...

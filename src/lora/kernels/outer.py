@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import load_group
+from .mask import load_group
 from .reduce import reduce_
 from .tuning import cdiv, outer_config, precision
 

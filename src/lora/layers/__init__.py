@@ -1,8 +1,8 @@
 """What takes a module's place: thin classes that choose the operation."""
 
-from .base import Adapter as Adapter
-from .base import Adapters as Adapters
-from .base import LoraLayer as LoraLayer
+from .host import Adapter as Adapter
+from .host import Adapters as Adapters
+from .host import LoraLayer as LoraLayer
 from .linear import LinearAdapters as LinearAdapters
 from .linear import LoraLinear as LoraLinear
 from .linear import LowRank as LowRank

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.weight import FrozenWeight, weight_of
 from ..errors import LoraError
-from ..init import init_
 from ..ops import lora_linear, summed_bias
-from ..weights import FrozenWeight, weight_of
-from . import fused
-from .base import Adapters, LoraLayer
-from .quantised import FrozenLinear
+from ..updates.start import init_
+from . import groups
+from .frozen import FrozenLinear
+from .host import Adapters, LoraLayer
 
 
 class LowRank(nn.Module):
@@ -61,8 +61,8 @@ class LoraLinear(LoraLayer):
         adapters: Any = self._modules["lora"]
         if "_is_replica" in self.__dict__:
             raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
-        if x.device.type in fused.DEVICES or adapters.quantised:
-            y = fused.run(self, adapters, x)
+        if x.device.type in groups.DEVICES or adapters.quantized:
+            y = groups.run(self, adapters, x)
             if y is not None:
                 return y
         bias: Tensor | None = self._parameters["bias"]
@@ -88,7 +88,7 @@ class LinearAdapters(Adapters):
         weight = weight_of(host)
         assert weight is not None, type(host)
         self.frozen = weight
-        self.quantised = weight.quantisation is not None
-        if self.quantised:
+        self.quantized = weight.quantization is not None
+        if self.quantized:
             self.resting_layer = FrozenLinear
         self.group: Any = None  # the hosts that are fed the same tensor, where there are any

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from .base import Adapters, LoraLayer
-from .quantised import FrozenLinear, is_quantised
+from .frozen import FrozenLinear, is_quantized
+from .host import Adapters, LoraLayer
 
 
 class Whole(nn.Module):
@@ -41,5 +41,5 @@ class WholeAdapters(Adapters):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
-        if is_quantised(host):  # an adapter trains its bias
+        if is_quantized(host):  # an adapter trains its bias
             self.resting_layer = FrozenLinear

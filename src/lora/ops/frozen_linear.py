@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-call"
 # torch.library's registration functions carry no types.
-"""The product with one quantised weight on which no adapter acts: y = x W^T + b, dx = dy W.
+"""The product with one quantized weight on which no adapter acts: y = x W^T + b, dx = dy W.
 
-The activations are not quantised, and nothing is saved: the weight is dequantised again for the backward pass.
+The activations are not quantized, and nothing is saved: the weight is dequantized again for the backward pass.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .dequantise import Format, Packed
-from .fused_eager import is_plain, once, refuse_transforms, unchanged, versions
+from .autograd import is_plain, once, refuse_transforms, unchanged, versions
+from .dequantize import Format, Packed
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
@@ -29,7 +29,7 @@ def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor 
     """y (..., out) of x (..., in), in x's dtype.
 
     Args:
-        parts: the tensors of `dequantise.Format`, in its order; format: `str(Format(...))`; bias: (out,), in x's dtype.
+        parts: the tensors of `dequantize.Format`, in its order; format: `str(Format(...))`; bias: (out,), in x's dtype.
 
     Raises:
         LoraError: the parts are not of that format; or this runs within a transform of torch.func, whose derivatives
@@ -61,7 +61,7 @@ def _product(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | Non
 
 
 class _Product(torch.autograd.Function):
-    """Eager calls. The weight is kept, not saved, as `fused_eager.Products` has it."""
+    """Eager calls. The weight is kept, not saved, as `autograd.Products` has it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The low-rank formula for one linear in plain torch; `fused_forms.py` has it for several linears of one input."""
+"""The low-rank formula for one linear in plain torch; `reference.py` has it for several linears of one input."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar

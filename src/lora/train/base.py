@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from ..bases.quantizer import forget_reading
 from ..errors import LoraError
-from ..layers.quantised import is_quantised
-from ..quantised_model import forget_reading
+from ..layers.frozen import is_quantized
 from .quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTISATIONS = ("none", "nf4", "int8")
+QUANTIZATIONS = ("none", "nf4", "int8")
 BITSANDBYTES = ("nf4", "fp4", "int8")  # what it stores
 
 
@@ -26,20 +26,20 @@ def pick_dtype(dtype: str) -> torch.dtype:
 
 
 def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", device: str | None = None) -> Any:
-    """A causal language model in eval mode: in `dtype` and on the CPU, or, where it is quantised, on `device`.
+    """A causal language model in eval mode: in `dtype` and on the CPU, or, where it is quantized, on `device`.
 
     Args:
-        dtype: of all that is not quantised ("auto": as it is stored), and of the products with weights that become NF4.
-        quantize: "nf4" or "int8" by bitsandbytes; "none" takes the model as it is stored, quantised or not.
-        device: of a quantised model; None is the GPU where there is one.
+        dtype: of all that is not quantized ("auto": as it is stored), and of the products with weights that become NF4.
+        quantize: "nf4" or "int8" by bitsandbytes; "none" takes the model as it is stored, quantized or not.
+        device: of a quantized model; None is the GPU where there is one.
 
     Raises:
         LoraError: nothing is there, it cannot be read, it is no causal language model, or it is stored in another
-            quantisation than the one asked for.
+            quantization than the one asked for.
     """
     from transformers import AutoModelForCausalLM
 
-    stored = check_quantisation(name, quantize)
+    stored = check_quantization(name, quantize)
     options: dict[str, Any] = {}
     if stored is not None or quantize != "none":
         place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -58,19 +58,19 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     return model
 
 
-def check_quantisation(name: str, quantize: str) -> str | None:
-    """How the model is stored: "nf4", "fp4", "int8", another quantiser's name, or None for not quantised.
+def check_quantization(name: str, quantize: str) -> str | None:
+    """How the model is stored: "nf4", "fp4", "int8", another quantizer's name, or None for not quantized.
 
     Raises:
-        LoraError: `quantize` is unknown or asks for another quantisation, or bitsandbytes is needed and missing.
+        LoraError: `quantize` is unknown or asks for another quantization, or bitsandbytes is needed and missing.
     """
-    if quantize not in QUANTISATIONS:
-        raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(QUANTISATIONS)}")
-    stored = _stored_quantisation(name)
+    if quantize not in QUANTIZATIONS:
+        raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    stored = _stored_quantization(name)
     if quantize != "none" and stored not in (None, quantize):
         raise LoraError(
             f"quantize is {quantize!r}, but {name!r} is stored in {stored}; leave quantize out to take it as it is, or "
-            "give the model from before it was quantised"
+            "give the model from before it was quantized"
         )
     if quantize != "none":
         require_bitsandbytes(f"quantize is {quantize!r}")
@@ -114,14 +114,14 @@ def _config(name: str) -> Any:
         raise LoraError(f"model: the config of {name!r} could not be loaded: {_first_line(error)}") from error
 
 
-def _stored_quantisation(name: str) -> str | None:
+def _stored_quantization(name: str) -> str | None:
     settings = getattr(_config(name), "quantization_config", None)
     if settings is None:
         return None
     found: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
     if found.get("load_in_4bit"):
         return str(found.get("bnb_4bit_quant_type", "fp4"))
-    return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "an unknown quantisation"))
+    return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "an unknown quantization"))
 
 
 def _settings(quantize: str, dtype: torch.dtype | str) -> Any:
@@ -135,11 +135,11 @@ def _settings(quantize: str, dtype: torch.dtype | str) -> Any:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """What is not quantised, in `dtype`: some transformers 5 leave it as it is stored."""
+    """What is not quantized, in `dtype`: some transformers 5 leave it as it is stored."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, module in model.named_modules():
         for own_name, parameter in module._parameters.items():
-            packed = own_name == "weight" and is_quantised(module)
+            packed = own_name == "weight" and is_quantized(module)
             if parameter is None or packed or not parameter.is_floating_point() or any(k in name for k in kept):
                 continue
             parameter.data = parameter.data.to(dtype)

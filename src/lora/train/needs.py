@@ -8,7 +8,7 @@ import torch
 
 from ..errors import LoraError
 from ..layers import LinearAdapters
-from ..layers.base import hosts
+from ..layers.host import hosts
 from ..targets import output_heads
 from .base import require_bitsandbytes
 from .quiet import quiet
@@ -33,7 +33,7 @@ def check_needs(recipe: Recipe) -> None:
 
 
 def _check_optimizer(name: str, gpu: bool) -> None:
-    """One step on zeros: which devices bitsandbytes has optimisers for differs by its version and how it was built."""
+    """One step on zeros: which devices bitsandbytes has optimizers for differs by its version and how it was built."""
     require_bitsandbytes(f"optimizer is {name!r}")
     if name == "paged_adamw" and not gpu:
         raise LoraError(

@@ -65,7 +65,7 @@ class Recipe(BaseModel):
         "auto", description="Type of the frozen weights; auto is fp32 on a CPU and bf16 on a GPU."
     )
     quantize: Literal["none", "nf4", "int8"] = Field(
-        "none", description="Load the base quantised by bitsandbytes; one that is stored so is taken as it is."
+        "none", description="Load the base quantized by bitsandbytes; one that is stored so is taken as it is."
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds the adapter, the row order and the dropout.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, slower steps.")

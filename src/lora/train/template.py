@@ -102,8 +102,8 @@ class PromptTemplate:
     def continuation_ids(self, before: str, text: str) -> list[int]:
         """Token ids of `text` as it follows a prompt `before`.
 
-        A prompt is tokenised alone when the model generates, so an answer must continue the prompt's own tokens:
-        where joint tokenisation would merge across the boundary, the two sides are tokenised apart.
+        A prompt is tokenized alone when the model generates, so an answer must continue the prompt's own tokens:
+        where joint tokenization would merge across the boundary, the two sides are tokenized apart.
         """
         head, joint = self.prompt_ids(before), self.prompt_ids(before + text)
         if joint[: len(head)] == head:

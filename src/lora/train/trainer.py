@@ -16,12 +16,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import lora
 
+from ..bases.weight import weight_of
 from ..errors import LoraError
-from ..files import replaced
-from ..fingerprint import quantisation
-from ..layers.base import base_modules
-from ..weights import weight_of
-from .base import check_quantisation, load_base, load_tokenizer, max_positions, pick_dtype
+from ..files.commit import replaced
+from ..files.fingerprint import quantization
+from ..layers.host import base_modules
+from .base import check_quantization, load_base, load_tokenizer, max_positions, pick_dtype
 from .encode import IGNORED, Encoded, EncodedData, encode_rows
 from .needs import OPTIMIZERS, check_liger, check_needs
 from .progress import RunProgress
@@ -99,7 +99,7 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
     """
     out = _check_out(Path(recipe.out), force)
     check_needs(recipe)
-    check_quantisation(recipe.model, recipe.quantize)
+    check_quantization(recipe.model, recipe.quantize)
     console = console or Console(quiet=True)
     transformers.set_seed(recipe.seed)
     template = PromptTemplate(load_tokenizer(recipe.model))
@@ -273,7 +273,7 @@ def _save(
         "rows": len(data.rows),
         "rows_too_long": data.dropped,
         "max_length": data.max_length,
-        "quantisation": quantisation({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
+        "quantisation": quantization({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
         "stopped": stopped,
         "metrics": metrics,
         "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},

@@ -1,0 +1,114 @@
+"""Which base an adapter was trained on: names and shapes of its targets, and a few dozen of their weights."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bases.weight import FrozenWeight
+from ..ops.dequantize import Format
+
+SAMPLES = 48
+ROUNDED, REQUANTIZED = 0.3, 0.05  # how far apart two quantizations, and one done twice, may put the samples
+USUAL_BLOCK = 64  # bitsandbytes' default for 4 bits
+
+
+def fingerprint(weights: dict[str, FrozenWeight]) -> str:
+    """JSON: a hash of names and shapes, dtype, quantization, and samples [module, row, column, value] of the targets.
+
+    Weights on the meta device have no values to sample.
+    """
+    samples: list[list[Any]] = []
+    names = list(weights)
+    real = [name for name in names if not weights[name].parameter.is_meta]
+    for i in range(SAMPLES if real else 0):
+        name = real[i * len(real) // SAMPLES]
+        rows, columns = weights[name].shape
+        # Fixed but scattered places; multiplicative steps do not run along a row or a column.
+        row, column = (i * 2654435761 + 12345) % rows, (i * 40503 + 6789) % columns
+        samples.append([name, row, column, weights[name].at(row, column).item()])
+    dtype = _name(torch.float32 if quantization(weights) else weights[names[0]].dtype) if names else None
+    return json.dumps(
+        {"layout": layout(weights), "dtype": dtype, "quantisation": quantization(weights), "samples": samples}
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def quantization(weights: dict[str, FrozenWeight]) -> str | None:
+    """How the targets are quantized: "nf4", "double-quantized nf4", "int8, nf4" where they differ; None: none is."""
+    return ", ".join(sorted({_kind(w) for w in weights.values() if w.quantization is not None})) or None
+
+
+def _kind(weight: FrozenWeight) -> str:
+    """A quantization by all that its values depend on: a double-quantized base is not the same to the bit."""
+    form = Format.parse(weight.stored()[1])
+    block = "" if form.block in (0, USUAL_BLOCK) else f" in blocks of {form.block}"
+    return f"{'double-quantized ' if form.nested else ''}{form.kind}{block}"
+
+
+def other_quantization(recorded: str, weights: dict[str, FrozenWeight]) -> tuple[str, str] | None:
+    """(recorded, present) in words, where the base was quantized otherwise than this one; None where they agree."""
+    known = json.loads(recorded)
+    there, here = known.get("quantisation"), quantization(weights)
+    if there == here or not weights:
+        return None
+    present = here or f"{_name(next(iter(weights.values())).dtype)}, not quantized"
+    return there or f"{known['dtype']}, not quantized", present
+
+
+def layout(weights: dict[str, FrozenWeight]) -> str:
+    return hashlib.sha256(json.dumps({n: weights[n].shape for n in sorted(weights)}).encode()).hexdigest()
+
+
+def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
+    """What tells this base from the recorded one; None when they agree to within the coarser dtype's rounding."""
+    known = json.loads(recorded)
+    if known["layout"] != layout(weights):
+        return "its targets have other names or shapes"
+    if known.get("quantisation") != quantization(weights) and apart(recorded, weights) < ROUNDED:
+        return None
+    samples = _samples(known, weights)
+    missed = [
+        f"{place} is {float(here):.6g}, was {value:.6g}"
+        for place, here, value in samples
+        if not _same(here, value, getattr(torch, known["dtype"]))
+    ]
+    return f"{len(missed)} of {len(samples)} sampled weights differ, such as {missed[0]}" if missed else None
+
+
+def apart(recorded: str, weights: dict[str, FrozenWeight]) -> float:
+    """The distance of the samples here from the recorded ones, over the norm of those.
+
+    A quantization moves them by 1 % in int8 and 10 % in 4 bits. The same quantization from another dtype or on another
+    device moves a few by one step: 2 %. Two bases that have nothing to do with each other are 140 % apart.
+    """
+    pairs = [(float(here), value) for _, here, value in _samples(json.loads(recorded), weights)]
+    norm = sum(there**2 for _, there in pairs)
+    gap = sum((here - there) ** 2 for here, there in pairs)
+    return float((gap / norm) ** 0.5) if norm else float(gap > 0)
+
+
+def _samples(known: dict[str, Any], weights: dict[str, FrozenWeight]) -> list[tuple[str, Tensor, float]]:
+    """(place, value here, value recorded) of each sample whose weight is here."""
+    return [
+        (f"{name}[{row}, {column}]", weights[name].at(row, column).detach(), value)
+        for name, row, column, value in known["samples"]
+        if not weights[name].parameter.is_meta
+    ]
+
+
+def _same(here: Tensor, value: float, dtype: torch.dtype) -> bool:
+    """The same bits in the same dtype; in another, equal up to one rounding to each of the two."""
+    found = here.item()
+    if found != found or value != value:
+        return found != found and value != value
+    if here.dtype == dtype:
+        return found == value
+    infos = [torch.finfo(kind) for kind in (here.dtype, dtype)]
+    tolerance = sum(max(info.eps / 2 * abs(value), info.smallest_normal * info.eps) for info in infos)
+    return bool(abs(found - value) <= tolerance)

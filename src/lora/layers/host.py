@@ -1,0 +1,183 @@
+"""How an adapter sits on a module: the module stays the same object and takes another class while adapters act.
+
+A host keeps its parameters, its hooks, its state-dict keys and its place in the model. Its adapters are one
+submodule, `lora`. While at least one of them acts, the host's class is a subclass of its own class with another
+`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation. (A quantized linear
+has the class `FrozenLinear[...]` then, until the last adapter leaves the model.)
+"""
+
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, overload
+
+from torch import nn
+
+from ..config import LoraConfig
+
+AdaptersT = TypeVar("AdaptersT", bound="Adapters")
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What all parts of one adapter share. `trainable_before`: the base's trainable parameters before any adapter."""
+
+    name: str
+    config: LoraConfig
+    trainable_before: frozenset[str]
+    extra: dict[str, Any]  # keys of a loaded adapter_config.json that say nothing to us, kept for saving
+    anchor: str = ""  # the full name of its first host, by which the module that it was given to is known again
+
+
+class LoraLayer(nn.Module):
+    """Mixin: the class that a host takes for a while. Subclasses give `forward`."""
+
+    original: ClassVar[type[nn.Module]]
+    lora: "Adapters"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so pickle and deepcopy name the two classes that it is made of.
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        make, (cls,), *rest = reduced
+        return _revive, (make, cls.__mro__[1], cls.original), *rest
+
+
+_CLASSES: dict[tuple[Any, Any], type[LoraLayer]] = {}
+
+
+def acting_class(layer: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
+    """The subclass of `original` that `layer` makes of it; one for each pair, so that compiled code stays valid."""
+    if (layer, original) not in _CLASSES:
+        name = f"{layer.__name__}[{original.__name__}]"
+        _CLASSES[layer, original] = type(name, (layer, original), {"original": original})
+    return _CLASSES[layer, original]
+
+
+def _revive(make: Any, layer: type[LoraLayer], original: type[nn.Module]) -> Any:
+    return make(acting_class(layer, original))
+
+
+class Adapters(nn.Module):
+    """The adapters of one host, by name; a subclass for each kind of host knows what its adapters are.
+
+    Children are put into `_modules` directly, and attributes never look there: an adapter may have any name, such as
+    `forward` or `active`.
+    """
+
+    layer: ClassVar[type[LoraLayer]]
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.original = original_class(host)
+        self.records: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
+        self.undo: Any = None  # what the unmerge needs; None when not merged
+        self.resting_layer: type[LoraLayer] | None = None  # what the host is while no adapter acts; None: itself
+
+    @property
+    def resting(self) -> type[nn.Module]:
+        """The host's class while no adapter acts. Not an attribute: a class made at run time cannot be pickled."""
+        return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> Any:
+        return self._modules[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def extra_repr(self) -> str:
+        return f"active={list(self.active)}{', merged' if self.undo is not None else ''}"
+
+
+def adapters_of(module: nn.Module) -> Adapters | None:
+    child = module._modules.get("lora")
+    return child if isinstance(child, Adapters) else None
+
+
+def base_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without the adapters' own modules: what the model had before any adapter.
+
+    A module that is shared comes once, under its first name, or under each with `every_name`.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(module, Adapters) or (module in seen and not every_name):
+            return
+        seen.add(module)
+        yield name, module
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(model, "")
+
+
+@overload
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]: ...
+@overload
+def hosts(model: nn.Module, kind: type[AdaptersT]) -> Iterator[tuple[str, nn.Module, AdaptersT]]: ...
+def hosts(model: nn.Module, kind: type[Adapters] = Adapters) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """(full name, host, its adapters) for each module that carries adapters, once each, in the model's order."""
+    for name, module in base_modules(model):
+        found = adapters_of(module)
+        if isinstance(found, kind):
+            yield name, module, found
+
+
+def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Module) -> None:
+    """Give a host one adapter's part, not yet active."""
+    adapters = adapters_of(host)
+    if adapters is None:
+        adapters = kind(host)
+        host.lora = adapters
+    adapters._modules[adapter.name] = part
+    adapters.training = host.training
+    part.train(host.training)  # this one only: the rest follow the host already, and there may be many
+    adapters.records[adapter.name] = adapter
+
+
+def detach(host: nn.Module, name: str) -> None:
+    """Take one adapter's part away, and the last traces with the last one."""
+    adapters = adapters_of(host)
+    assert adapters is not None and adapters.undo is None
+    activate(host, [n for n in adapters.active if n != name])
+    adapters._modules.pop(name, None)
+    adapters.records.pop(name, None)
+    if not adapters.records:
+        take_class(host, adapters.original)
+        del host.lora
+
+
+def activate(host: nn.Module, names: Iterable[str]) -> None:
+    """Let these of the host's adapters act, and no others; names that it does not carry are passed over."""
+    adapters = adapters_of(host)
+    assert adapters is not None
+    adapters.active = tuple(n for n in names if n in adapters)
+    adapters.terms = tuple(adapters[n] for n in adapters.active)
+    refresh(host)
+
+
+def refresh(host: nn.Module) -> None:
+    """Set the host's class after a change of `active` or `undo`."""
+    adapters = adapters_of(host)
+    assert adapters is not None
+    if adapters.undo is not None:
+        take_class(host, getattr(adapters.undo, "merged_class", None) or adapters.resting)
+    else:
+        take_class(host, acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting)
+
+
+def original_class(host: nn.Module) -> type[nn.Module]:
+    """The class that a host has in a model without adapters."""
+    return host.original if isinstance(host, LoraLayer) else type(host)
+
+
+def take_class(host: nn.Module, kind: type[nn.Module]) -> None:
+    host.__class__ = kind
+    if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance
+        host._old_forward = types.MethodType(type(host).forward, host)  # type: ignore[assignment]

@@ -1,0 +1,279 @@
+"""save and load: adapters on disk in PEFT's format, whole and verified or not at all."""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation import disabled
+from .bases.weight import FrozenWeight, weight_of
+from .config import check_name
+from .errors import LoraError, LoraWarning, near
+from .files.commit import replaced_together
+from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, other_quantization, quantization
+from .files.header import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, read_header, seal, verified
+from .files.settings import from_peft, to_peft
+from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
+from .layers import Adapter, LinearAdapters, LowRank, Whole
+from .layers.host import base_modules, hosts
+from .resident import is_merged, resident, unwrap
+from .targets import select
+
+BASE, CONFIG_DIGEST = "lora.base", "lora.config"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Write an adapter as `adapter_config.json` and `adapter_model.safetensors`, in PEFT's format, atomically.
+
+    The header carries a checksum of the tensors and a fingerprint of the base. A merged model is unmerged for it
+    and merged again.
+
+    Args:
+        path: a directory; made where missing.
+        name: the adapter; None is the only one, or all: then "default" goes to `path`, others to `path/<name>`.
+
+    Raises:
+        LoraError: no such adapter, or tensors on the meta device.
+    """
+    root = unwrap(model)
+    there = resident(root)
+    if name is not None:
+        check_name(name)
+    if not there:
+        raise LoraError("model: it has no adapter to save; call lora.inject(model, ...) first")
+    if name is not None and name not in there:
+        raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
+    if is_merged(root):
+        with disabled(root):
+            return save(root, path, name)
+    for each in there if name is None else [name]:
+        alone = name is not None or len(there) == 1 or each == "default"
+        _save_one(root, Path(path) if alone else Path(path) / each, there[each])
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    check: bool = True,
+    trainable: bool = False,
+) -> nn.Module:
+    """Read an adapter, ours or PEFT's, put it into the model in place and make it act alone.
+
+    Every tensor of the file lands, every parameter of the adapter is filled, every shape fits, or nothing changes.
+
+    Args:
+        path: the directory that has the two files.
+        name: what to call the adapter here.
+        check: refuse an adapter that was trained on another base, or whose two files were not saved together
+            (files by others carry no such record). Damaged tensors are always refused.
+        trainable: whether A and B may be trained further.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoraError: what does not fit, by name; the model is as it was.
+    """
+    root = unwrap(model, changing=True)
+    folder = Path(path)
+    found = _read_config(folder)
+    config, extra = from_peft(found, str(folder / CONFIG_FILE))
+    tensors, header = read_tensors(folder)
+    adapter = new_adapter(root, check_name(name), config, extra)
+    targets = select(root, config, loading=True)
+    if not targets:
+        raise LoraError(
+            f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of {type(root).__name__}; it "
+            f"was trained on {extra.get('base_model_name_or_path') or 'another model'}: load it on that"
+        )
+    parts = low_rank_parts(targets, config, loading=True) + whole_parts(root, targets, config, loading=True)
+    check_reached(root, parts)
+    _fill(root, folder, parts, tensors)
+    if check:
+        _check_origin(folder, found, header, {n: _weight(m) for n, m in targets.items()})
+    install(root, adapter, parts, trainable)
+    return model
+
+
+def keys_of(part: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter's part on the module `name`, by their keys in the file."""
+    if isinstance(part, LowRank):
+        keys: dict[str, Tensor] = {f"{PREFIX}{name}.lora_A.weight": part.A, f"{PREFIX}{name}.lora_B.weight": part.B}
+        if part.bias is not None:
+            keys[f"{PREFIX}{name}.base_layer.bias"] = part.bias
+        return keys
+    assert isinstance(part, Whole)
+    state = part.module.state_dict(keep_vars=True)
+    frozen = dict(part.module.named_parameters(remove_duplicate=False)).keys() - set(part.trained)
+    return {f"{PREFIX}{name}.{n}": t for n, t in state.items() if n not in frozen}
+
+
+def _weight(module: nn.Module) -> FrozenWeight:
+    weight = weight_of(module)
+    assert weight is not None
+    return weight
+
+
+def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, FrozenWeight] = {}
+    for host_name, host, adapters in hosts(root):
+        if adapter.name in adapters:
+            tensors |= keys_of(adapters[adapter.name], host_name)
+            if isinstance(adapters, LinearAdapters):
+                weights[host_name] = _weight(host)
+    meta = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise LoraError(f"model: {meta[0]} is on the meta device and has no values to save")
+    config = to_peft(root, adapter, weights)
+    # Clones: tied copies share memory, which safetensors refuses.
+    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    metadata = {
+        "format": "pt",
+        CHECKSUM: BLANK,
+        BASE: fingerprint(weights),
+        CONFIG_DIGEST: config_digest(config),
+    }
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced_together(folder / TENSOR_FILE, folder / CONFIG_FILE) as (tensor_file, config_file):
+        save_file(plain, tensor_file, metadata)
+        seal(tensor_file)
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """What of the configuration gives the tensors their meaning; the two files of a save belong together by it."""
+    keys = (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "modules_to_save",
+    )
+    return hashlib.sha256(json.dumps([config.get(k) for k in keys], sort_keys=True).encode()).hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        nested = sorted(str(p.parent) for p in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+        hint = f"; there is one in {', '.join(nested)}" if nested else ""
+        lacks = f"has no {CONFIG_FILE}{hint}" if folder.exists() else "does not exist"
+        raise LoraError(f"path: {str(folder)!r} {lacks}; give the directory that lora.save wrote")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LoraError(f"{file}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise LoraError(f"{file}: holds a {type(found).__name__}; a JSON object is expected")
+    return found
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header metadata) of an adapter's file, its checksum verified where it has one.
+
+    Raises:
+        LoraError: no file, only a pickle, or damage.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / TENSOR_FILE
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        has = (
+            "only adapter_model.bin, a pickle; these can run code and are never read, so convert it"
+            if pickled
+            else "none"
+        )
+        raise LoraError(f"path: {str(folder)!r} should have {TENSOR_FILE} and has {has}")
+    _, metadata = read_header(file)
+    if verified(file, metadata) is False:
+        raise LoraError(f"{file}: it does not match its checksum, so it was damaged; copy it again")
+    try:
+        return load_file(file), metadata
+    except SafetensorError as error:
+        raise LoraError(f"{file}: damaged ({error}); copy it again") from None
+
+
+def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:
+    """Copy the file's tensors into the prepared parts, each into its place and none left over."""
+    names = {module: name for name, module in base_modules(root)}
+    wanted: dict[str, Tensor] = {}
+    for host, _, part in parts:
+        wanted |= keys_of(part, names[host])
+    extra = [key for key in tensors if key not in wanted and not _is_base_copy(root, key, tensors[key])]
+    missing = [key for key in wanted if key not in tensors]
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(t.shape)}"
+        for key, t in wanted.items()
+        if key in tensors and tensors[key].shape != t.shape
+    ]
+    kinds = [k for k, t in wanted.items() if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()]
+    problems = [
+        f"{len(found)} {label}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
+        for label, found in (
+            ("of the adapter's tensors missing", missing),
+            ("unexpected", extra),
+            ("of another shape", wrong),
+            ("of another kind (integers or floating point)", kinds),
+        )
+        if found
+    ]
+    if problems:
+        raise LoraError(
+            f"{folder}: its tensors do not fit this model with its {CONFIG_FILE}; {'; '.join(problems)}. Load it on "
+            "the model that it was trained on, or copy it again if it is not whole"
+        )
+    for host, _, part in parts:
+        for key, target in keys_of(part, names[host]).items():
+            # A copy: what the file's reader gives may be a view of the file.
+            target.data = tensors[key].to(target.device, target.dtype, copy=True)
+
+
+def _is_base_copy(root: nn.Module, key: str, value: Tensor) -> bool:
+    """Whether a tensor is a copy of the base's own: PEFT adds those of a targeted head or embedding to its files."""
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    module = dict(base_modules(root)).get(name.rpartition(".")[0])
+    own = module._parameters.get(name.rpartition(".")[2]) if module is not None else None
+    return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
+
+
+def _check_origin(
+    folder: Path, found: dict[str, Any], header: dict[str, str], weights: dict[str, FrozenWeight]
+) -> None:
+    again = "if that is meant, lora.load(..., check=False)"
+    if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
+        raise LoraError(
+            f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
+        )
+    if BASE in header and (why := difference(header[BASE], weights)) is not None:
+        if quantization(weights) is None or apart(header[BASE], weights) > REQUANTIZED:
+            raise LoraError(
+                f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
+            )
+        warnings.warn(
+            f"{folder}: {why}, each by little: its base was quantized from another dtype or on another device, or is a "
+            "near relative of this one",
+            LoraWarning,
+            stacklevel=3,
+        )
+    if BASE in header and (names := other_quantization(header[BASE], weights)) is not None:
+        warnings.warn(
+            f"{folder}: this adapter was trained on a base in {names[0]}, and this one is in {names[1]}; it will act, "
+            "but it was fitted to that base's rounding. Load the base as it was trained to have the same results",
+            LoraWarning,
+            stacklevel=3,
+        )
