@@ -7,9 +7,8 @@ from torch import nn
 
 from .config import check_name
 from .errors import LoraError, near
-from .layers import WholeAdapters
+from .layers import hosts
 from .layers.host import activate as activate_host
-from .layers.host import hosts
 from .merging import merge_acting, merged_into, unmerge
 from .resident import activate_all, check_root, drop, is_merged, resident, unwrap
 
@@ -32,10 +31,8 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
         raise LoraError(f"names: got {chosen!r}, with a name twice; list each adapter once")
     if is_merged(root):
         raise LoraError("model: its adapters are merged into the weights; call lora.unmerge(model) first")
-    for host_name, _, adapters in hosts(root, WholeAdapters):
-        both = [name for name in chosen if name in adapters]
-        if len(both) > 1:
-            raise LoraError(f"names: {', '.join(both)} each train {host_name!r} whole, and only one copy can act")
+    for host_name, _, adapters in hosts(root):
+        adapters.check_together(host_name, [name for name in chosen if name in adapters])
     activate_all(root, chosen)
 
 

@@ -1,23 +1,16 @@
 """merge and unmerge: fold the update into W0 in fp32, round once, and give W0 back bit for bit."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .bases.quantizer import forget_quantization, model_dtype
-from .bases.weight import Dense
+from .bases import forget_quantization, into_names, model_dtype
 from .errors import LoraError, LoraWarning
-from .exact.checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
-from .exact.patch import Digest, LinearUndo, Patch, row_blocks
-from .exact.replaced import INTO, Replaced, check_into, check_unchanged, leave, merge_quantized, put_back
-from .layers import LinearAdapters, WholeAdapters
-from .layers.host import hosts, refresh
-from .ops import low_rank_product, summed_bias
-from .report import MergedModule, MergeReport
+from .exact import How, MergedModule, MergeReport
+from .layers import Kind, base_modules, hosts
 from .resident import acting, drop, is_merged, resident, unwrap
 
 KEPT_FLOOR = 0.99
@@ -26,11 +19,14 @@ KEPT_FLOOR = 0.99
 SURVIVED_FLOOR = 0.5
 """A merge that quantizes again is refused when less than this share of an update survives."""
 
+Place = tuple[str, nn.Module, Kind]
+"""full name, host, its adapters"""
+
 
 def merge(
     model: nn.Module, *, unload: bool = False, into: str | None = None, force: bool = False
 ) -> MergeReport:  # fmt: skip
-    """Fold the acting adapters into the weights, in place: W = round(W0 + sum of s B A), summed in fp32, rounded once.
+    """Fold the acting adapters into the weights, in place: W = round(W0 + D), summed in fp32, rounded once.
 
     A merged layer runs its own bare operation. `unmerge` gives W0 back bit for bit. A quantized linear becomes a plain
     one, in the dtype of the model around it, from the dequantized weight plus the update.
@@ -45,9 +41,9 @@ def merge(
         A report with the share of each update that survived the rounding; `print` it for a table.
 
     Raises:
-        LoraError: nothing acts, merged already, NaN or infinity in A, B or the result, a tied or a meta weight; an
-            `into` that the base is not, or under which less than half of an update survives. The model is then as it
-            was.
+        LoraError: nothing acts, merged already, NaN or infinity in A, B or the result, a tied, a sharded or a meta
+            weight; an `into` that the base is not, or under which less than half of an update survives. The model is
+            then as it was.
     Warns:
         LoraWarning: a module kept less than 99 % of its update.
     """
@@ -59,8 +55,9 @@ def merge(
         raise LoraError(
             f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
         )
-    if into is not None and into not in INTO:
-        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, INTO))}")
+    known = into_names(root)
+    if into is not None and into not in known:
+        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, known))}")
     idle = [name for name in resident(root) if name not in names]
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
@@ -75,7 +72,10 @@ def merge(
             "layers, serve the adapter beside its base, or pass force=True"
         )
     if unload:
-        _unload(root, names)
+        plain = [name for name, host, adapters in hosts(root) if adapters.leave(host)]
+        drop(root, names)
+        if plain:
+            forget_quantization(root, plain)
     lossy = [m for m in report.modules if m.kept < KEPT_FLOOR]
     if lossy:
         worst = min(lossy, key=lambda m: m.kept)
@@ -89,18 +89,6 @@ def merge(
     return report
 
 
-def _unload(root: nn.Module, names: list[str]) -> None:
-    plain = []
-    for name, host, adapters in hosts(root):
-        if isinstance(adapters, LinearAdapters) and getattr(adapters.undo, "merged_class", None) is not None:
-            leave(host, adapters)
-            plain.append(name)
-        adapters.undo = None
-    drop(root, names)
-    if plain:
-        forget_quantization(root, plain)
-
-
 def unmerge(model: nn.Module) -> None:
     """Take a merge back, in place: every weight is W0 again, bit for bit, and the same adapters act.
 
@@ -111,175 +99,108 @@ def unmerge(model: nn.Module) -> None:
     merged = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.undo is not None]
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")
-    _all_or_none(merged, _unmerge_host, partial(_merge_host, how=(merged_into(root), model_dtype(root))))
+    into = merged_into(root)
+    _all_or_none(merged, _unmerge_host, _merge_host, into, model_dtype(root))
 
 
 def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
     """Merge what acts, whole or not at all; nothing at all may act."""
-    targets = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.active]
-    linears = [(name, host, adapters) for name, host, adapters in targets if isinstance(adapters, LinearAdapters)]
-    if into is not None and not any(adapters.quantized for _, _, adapters in linears):
+    places = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.active]
+    if into is not None and not any(adapters.quantization for _, _, adapters in places):
         raise LoraError(f"into: got {into!r}, but no target is quantized; merge, save, and quantize what was saved")
-    for place in linears:
-        check_into(*place, into)
-    check_finite(targets)
-    check_places(root, targets)
-    return _all_or_none(targets, partial(_merge_host, how=(into, model_dtype(root))), _unmerge_host)
+    _check_sharded(places)
+    for name, host, adapters in places:
+        adapters.check_merge(name, host, into)
+    _check_finite(places)
+    _check_shared(root, places)
+    return _all_or_none(places, _merge_host, _unmerge_host, into, model_dtype(root))
 
 
 def merged_into(root: nn.Module) -> str | None:
     """What quantized hosts of a merged model were merged into."""
-    return next((a.undo.into for _, _, a in hosts(root) if isinstance(a.undo, Replaced)), None)
+    undone = [adapters.undo for _, _, adapters in hosts(root) if adapters.undo is not None]
+    return next((undo.into for undo in undone if undo.into is not None), None)
 
 
 T = TypeVar("T")
-Step = Callable[[Place, set[int]], T]
-"""What is done at one place; the set has the tensors that are exchanged already."""
+Step = Callable[[Place, How], T]
 
 
-def _all_or_none(places: Iterable[Place], do: "Step[T]", back: "Step[object]") -> list[T]:
+def _merge_host(place: Place, how: How) -> MergedModule:
+    name, host, adapters = place
+    return adapters.merge(name, host, how)
+
+
+def _unmerge_host(place: Place, how: How) -> None:
+    name, host, adapters = place
+    adapters.unmerge(name, host, how)
+
+
+def _all_or_none(
+    places: Iterable[Place], do: "Step[T]", back: "Step[object]", into: str | None, dtype: torch.dtype | None
+) -> list[T]:  # fmt: skip
     """Do a step at every place; where one fails, take the ones done back and raise."""
     done: list[Place] = []
     results: list[T] = []
-    swapped: set[int] = set()
+    how = How(into, dtype)
     try:
         for place in places:
-            results.append(do(place, swapped))
+            results.append(do(place, how))
             done.append(place)
     except BaseException:
-        swapped = set()
+        how = How(into, dtype)
         for place in reversed(done):
-            back(place, swapped)
+            back(place, how)
         raise
     return results
 
 
-def _merge_host(place: Place, swapped: set[int], how: tuple[str | None, torch.dtype | None]) -> MergedModule:
-    name, host, adapters = place
-    if isinstance(adapters, WholeAdapters):
-        result = _swap_whole(name, host, adapters, swapped)
-        adapters.undo = True
-    else:
-        assert isinstance(adapters, LinearAdapters)
-        if adapters.quantized:
-            result, adapters.undo = merge_quantized(name, host, adapters, _update_blocks(adapters), *how)
-        else:
-            result, adapters.undo = _merge_linear(name, host, adapters)
-    refresh(host)
-    return result
+def _check_sharded(places: Iterable[Place]) -> None:
+    """Refuse weights of which each process holds a part."""
+    for name, host, _ in places:
+        shards = [n for n, p in host.named_parameters() if hasattr(p, "full_tensor")]
+        if shards:
+            raise LoraError(
+                f"model: {shards[0]} of {name!r} is sharded over several processes (FSDP2), and a merge needs the "
+                "whole; load the base and the adapter in one process and merge there"
+            )
 
 
-def _unmerge_host(place: Place, swapped: set[int]) -> None:
-    name, host, adapters = place
-    if isinstance(adapters, WholeAdapters):
-        _swap_whole(name, host, adapters, swapped)
-    else:
-        assert isinstance(adapters, LinearAdapters)
-        if adapters.quantized:
-            check_unchanged(name, host, adapters)
-            put_back(host, adapters.frozen, adapters.undo)
-        else:
-            _unmerge_linear(name, host, adapters)
-    adapters.undo = None
-    refresh(host)
+def _check_finite(places: Iterable[Place]) -> None:
+    for name, _, adapters in places:
+        for adapter in adapters.active:
+            for parameter_name, parameter in adapters[adapter].named_parameters():
+                if parameter.is_meta:
+                    raise LoraError(f"model: {name!r} is on the meta device and has no values; load them, then merge")
+                if not torch.isfinite(parameter).all():
+                    raise LoraError(
+                        f"model: {parameter_name} of adapter {adapter!r} on {name!r} has NaN or infinity; nothing was "
+                        "merged. Train again from the last good adapter, or lora.remove this one"
+                    )
 
 
-@torch.no_grad()
-def _merge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> tuple[MergedModule, LinearUndo]:
-    weight = adapters.frozen
-    old_weight = weight.dense()
-    dtype = old_weight.dtype
-    digest, patches = Digest(), []
-    old_rows: list[tuple[slice, Tensor]] = []
-    new_rows: list[tuple[slice, Tensor]] = []
-    sums = torch.zeros(3, dtype=torch.float64)
-    for rows, update in _update_blocks(adapters):
-        old = old_weight[rows].clone(memory_format=torch.contiguous_format)
-        new = (old + update).to(dtype)
-        refuse_overflow(name, new)
-        digest.add(old)
-        patches.append(Patch(old, _way_back(new, update)))
-        old_rows.append((rows, old))
-        new_rows.append((rows, new))
-        sums += moments(new.to(update.dtype) - old, update)
-    old_bias = new_bias = None
-    if any(term.bias is not None for term in adapters.terms):
-        old_bias = host.get_parameter("bias").detach().clone()
-        new_bias = summed_bias(old_bias, adapters.terms)
-        refuse_overflow(name, new_bias)
-    _write_all(host, adapters, new_rows, new_bias, otherwise=(old_rows, old_bias))
-    undo = LinearUndo(dtype, digest.value, patches, old_bias, new_bias)
-    return MergedModule(name, weight.shape, dtype, *kept_and_noise(sums)), undo
+def _check_shared(root: nn.Module, places: Iterable[Place]) -> None:
+    """Refuse to write to weights that someone else would see change."""
+    owners: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, module in base_modules(root):
+        for own_name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                owners.setdefault(parameter.untyped_storage().data_ptr(), []).append((f"{name}.{own_name}", parameter))
+    for _, host, adapters in places:
+        for tensor in adapters.written(host):
+            tied = [other for other, p in owners[tensor.untyped_storage().data_ptr()] if _overlap(tensor, p)]
+            if len(tied) > 1:
+                raise LoraError(
+                    f"model: {' and '.join(tied)} are tied (they share memory), and merging would change both; untie "
+                    "them first (a clone of the tensor for one of them), or keep the adapter unmerged"
+                )
 
 
-@torch.no_grad()
-def _unmerge_linear(name: str, host: nn.Module, adapters: LinearAdapters) -> None:
-    undo = adapters.undo
-    merged = adapters.frozen.dense()
-    bias = host._parameters["bias"]
-    digest = Digest()
-    old_rows: list[tuple[slice, Tensor]] = []
-    new_rows: list[tuple[slice, Tensor]] = []
-    same_bias = undo.merged_bias is None or (bias is not None and torch.equal(bias, undo.merged_bias.to(bias.device)))
-    if merged.dtype == undo.dtype and same_bias:
-        for (rows, update), patch in zip(_update_blocks(adapters), undo.patches, strict=True):
-            new = patch.apply_(_way_back(merged[rows], update))
-            digest.add(new)
-            old_rows.append((rows, merged[rows].clone()))
-            new_rows.append((rows, new))
-    if digest.value != undo.digest:
-        raise changed(name, merged.dtype, undo.dtype)
-    _write_all(host, adapters, new_rows, undo.bias, otherwise=(old_rows, undo.merged_bias))
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage lie over each other."""
 
+    def end(t: Tensor) -> int:
+        last = sum((length - 1) * step for length, step in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr() + (last + 1) * t.element_size()
 
-def _way_back(merged: Tensor, update: Tensor) -> Tensor:
-    """round(W - D), contiguous: W0 but for a few places. In float64, where the last bits of D depend on the order of
-    summation, W itself: the patch then holds W0 whole."""
-    back = merged if merged.dtype == torch.float64 else (merged - update).to(merged.dtype)
-    return back.clone(memory_format=torch.contiguous_format)
-
-
-def _write_all(
-    host: nn.Module,
-    adapters: LinearAdapters,
-    rows: list[tuple[slice, Tensor]],
-    bias: Tensor | None,
-    otherwise: tuple[list[tuple[slice, Tensor]], Tensor | None],
-) -> None:
-    """Write the rows of the weight and the bias; where that fails or is interrupted, write the other ones back."""
-    frozen = adapters.frozen
-    assert isinstance(frozen, Dense)
-    try:
-        if bias is not None:
-            host.get_parameter("bias").copy_(bias)
-        for place, values in rows:
-            frozen.write_(place, values)
-    except BaseException:
-        if otherwise[1] is not None:
-            host.get_parameter("bias").copy_(otherwise[1])
-        for place, values in otherwise[0]:
-            frozen.write_(place, values)
-        raise
-
-
-def _update_blocks(adapters: LinearAdapters) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, D[rows]) over the rows of the weight; D in fp32, or in fp64 for an fp64 weight."""
-    weight = adapters.frozen
-    device = weight.parameter.device
-    dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
-    updates = [(t.A.to(device), t.B.to(device), t.scaling) for t in adapters.terms]
-    for rows in row_blocks(weight.shape):
-        yield rows, low_rank_product(updates, rows, dtype)
-
-
-def _swap_whole(name: str, host: nn.Module, adapters: WholeAdapters, swapped: set[int]) -> MergedModule:
-    """Exchange the values of the base's tensors with those of the acting copy; tied ones only once."""
-    copy = adapters.terms[-1].module
-    theirs = dict(host.named_parameters()) | dict(host.named_buffers())
-    own = [(n, t) for n, t in [*copy.named_parameters(), *copy.named_buffers()] if t is not theirs[n]]
-    for n, mine in own:
-        if id(mine) not in swapped:
-            swapped.add(id(mine))
-            mine.data, theirs[n].data = theirs[n].data, mine.data
-    first = own[0][1]
-    return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
+    return one.data_ptr() < end(other) and other.data_ptr() < end(one)

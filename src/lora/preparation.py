@@ -14,6 +14,7 @@ from .layers.host import base_modules
 from .offload import Offload
 from .resident import is_merged, unwrap
 from .targets import output_heads
+from .updates import Update
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -94,7 +95,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Hold a module in another dtype, but not A and B, and give it its input in that."""
     for inner in module.modules():
-        if not isinstance(inner, LowRank):
+        if not isinstance(inner, Update):
             for tensor in (*inner._parameters.values(), *inner._buffers.values()):
                 if tensor is not None and tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)

@@ -1,43 +1,17 @@
-"""Tables for people: what a model carries, and what a merge kept."""
+"""The summary: what a model carries, how much of it trains, and how it runs."""
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .bases.quantizer import model_dtype
-from .bases.weight import weight_of
+from .bases import is_quantized, model_dtype, weight_of
 from .errors import LoraError
-from .layers import Adapters, LinearAdapters, LowRank
-from .layers.frozen import is_quantized
-from .layers.groups import why_not
-from .layers.host import base_modules, hosts
+from .layers import Kind, base_modules, hosts
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
-
-INT8_NOTE = (
-    "int8: training multiplies by the dequantized weights and never quantizes activations; in eval mode without "
-    "gradients bitsandbytes' LLM.int8() runs"
-)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, columns aligned; those whose every entry starts with a digit to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = [bool(rows) and all(re.match(r"[-\d]", row[i]) for row in rows) for i in range(len(header))]
-    shown = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * (sum(widths) + 2 * len(widths) - 2), *shown[1:]])
-
-
-def size(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+from .tables import size, starred, table
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Summary:
     merged: bool
     groups: int
     prepared: str = ""
-    int8: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def percent(self) -> float:
@@ -93,54 +67,8 @@ class Summary:
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
             + f"{self.bytes / 2**20:,.2f} MiB; {state}{groups}"
             + (f"\nprepared: {self.prepared}" if self.prepared else "")
-            + (f"\n{INT8_NOTE}" if self.int8 else "")
+            + "".join(f"\n{note}" for note in self.notes)
         )
-
-
-@dataclass(frozen=True)
-class MergedModule:
-    """What became of one module's update D in the weight's dtype, W being the merged weight.
-
-    kept: <W - W0, D> / <D, D>: the share of the update that the merged weight has, along the update's direction.
-    noise: |(W - W0) - D| / |D|: the rounding error beside the update.
-    quantized: "nf4", "fp4" or "int8" where the sum was quantized again.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    kept: float
-    noise: float
-    quantized: str | None = None
-
-    @property
-    def survived(self) -> float:
-        """The lesser of `kept` and the cosine between W - W0 and D: quantizing again can keep an update in the mean
-        and bury it under noise many times its size."""
-        length = math.sqrt(max(0.0, self.noise**2 + 2 * self.kept - 1))  # |W - W0| / |D|
-        return min(self.kept, self.kept / length if length else 1.0)
-
-    @property
-    def stored(self) -> str:
-        """How the merged weight is stored: a dtype's name, or the quantization."""
-        return self.quantized or str(self.dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """One entry a module; `print(report)` shows a table, the modules that kept least first."""
-
-    modules: list[MergedModule]
-
-    @property
-    def kept(self) -> float:
-        """The least share of an update that any module kept."""
-        return min((m.kept for m in self.modules), default=1.0)
-
-    def __str__(self) -> str:
-        worst_first = sorted(self.modules, key=lambda m: m.kept)
-        rows = [[m.name, size(m.shape), m.stored, f"{m.kept:.2%}", f"{m.noise:.2%}"] for m in worst_first]
-        return table(["module", "shape", "stored as", "update kept", "rounding noise"], rows)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -155,19 +83,13 @@ def summary(model: nn.Module) -> Summary:
     plain = model_dtype(root)
     grouped: dict[tuple[str, str, str, tuple[int, ...], int | None, str], list[int]] = {}
     for name, host, adapters in hosts(root):
-        target = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         for adapter in adapters.records:
-            part = adapters[adapter]
-            trained = [p.numel() for p in part.parameters()]
-            if isinstance(part, LowRank):
-                shape, r = (part.B.shape[0], part.A.shape[1]), part.r
-            else:
-                own = dict(part.module.named_parameters())
-                trained = [own[n].numel() for n in part.trained]
-                shape, r = tuple(own[part.trained[0]].shape), None
-            key = (adapter, target, adapters.original.__name__, shape, r, _path(host, adapters, adapter, plain))
-            grouped.setdefault(key, []).append(sum(trained))
+            shape, r, parameters = adapters.line(adapters[adapter])
+            runs = "idle" if adapter not in adapters.active else _runs(host, adapters, plain)
+            key = (adapter, starred(name), adapters.original.__name__, shape, r, runs)
+            grouped.setdefault(key, []).append(parameters)
     trainable = [p for p in root.parameters() if p.requires_grad]
+    notes = [note for _, _, adapters in hosts(root) for note in adapters.notes()]
     return Summary(
         rows=[Row(*key, layers=len(counts), parameters=sum(counts)) for key, counts in grouped.items()],
         trainable=sum(p.numel() for p in trainable),
@@ -176,9 +98,13 @@ def summary(model: nn.Module) -> Summary:
         acting=acting(root),
         merged=is_merged(root),
         prepared=prepared(root),
-        int8=any(a.frozen.quantization == "int8" for _, _, a in hosts(root, LinearAdapters)),
-        groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
+        notes=list(dict.fromkeys(notes)),
+        groups=len({id(a.group) for _, _, a in hosts(root) if a.group is not None}),
     )
+
+
+def _runs(host: nn.Module, adapters: Kind, plain: torch.dtype | None) -> str:
+    return "merged" if adapters.undo is not None else adapters.runs(host, plain)
 
 
 def _elements(root: nn.Module) -> int:
@@ -190,23 +116,3 @@ def _elements(root: nn.Module) -> int:
             assert weight is not None
             counts[id(weight.parameter)] = math.prod(weight.shape)
     return sum(counts.values())
-
-
-def _path(host: nn.Module, adapters: Adapters, adapter: str, plain: torch.dtype | None) -> str:
-    """How one adapter's part on a host runs, in words; `plain`: the dtype of the model's activations, where known."""
-    if adapters.undo is not None:
-        return "merged"
-    if adapter not in adapters.active:
-        return "idle"
-    if not isinstance(adapters, LinearAdapters):
-        return "own copy"
-    frozen = adapters.frozen
-    dtype = plain if plain is not None and frozen.quantization == "int8" else frozen.dtype  # int8 computes in x's
-    reason = why_not(host, torch.empty(0, dtype=dtype, device=frozen.parameter.device))
-    over = f" over {adapters.frozen.quantization}" if adapters.quantized else ""
-    if reason is not None:
-        return f"plain torch{over} ({reason})"
-    major, _ = torch.cuda.get_device_capability(adapters.frozen.parameter.device)
-    if major < 8:
-        return f"fused{over}, all by cuBLAS (GPU older than Ampere)"
-    return f"fused{over}" if major == 9 else f"fused{over}, dX and dB by cuBLAS (no Hopper GPU)"

@@ -8,7 +8,8 @@ from torch import nn
 from .bases.quantizer import allow_training
 from .errors import LoraError
 from .layers.frozen import settle
-from .layers.host import Adapter, activate, detach, hosts
+from .layers import Adapter, hosts
+from .layers.host import activate, detach
 
 
 def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:

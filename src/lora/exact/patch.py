@@ -5,7 +5,6 @@ norm. A bit a place and a byte a miss cost 6 to 11 % of the weight's memory, whe
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,22 +57,6 @@ class Patch:
     @property
     def nbytes(self) -> int:
         return 0 if self.map is None else self.map.nbytes + self.steps.nbytes + self.values.nbytes
-
-
-@dataclass
-class LinearUndo:
-    """What turns a merged linear back: patches by row block, the checksum of W0's bits, the bias before and after."""
-
-    dtype: torch.dtype
-    digest: int
-    patches: list[Patch]
-    bias: Tensor | None
-    merged_bias: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        biases = [b.nbytes for b in (self.bias, self.merged_bias) if b is not None]
-        return sum(patch.nbytes for patch in self.patches) + sum(biases)
 
 
 class Digest:

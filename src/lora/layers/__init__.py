@@ -1,11 +1,18 @@
-"""What takes a module's place: thin classes that choose the operation."""
+"""Kinds of host: what a module becomes while adapters act on it, one file each; `kind.py` is their contract."""
 
 from .host import Adapter as Adapter
-from .host import Adapters as Adapters
 from .host import LoraLayer as LoraLayer
-from .linear import LinearAdapters as LinearAdapters
-from .linear import LoraLinear as LoraLinear
-from .linear import LowRank as LowRank
-from .whole import Whole as Whole
-from .whole import WholeAdapters as WholeAdapters
-from .whole import WholeLayer as WholeLayer
+from .host import adapters_of as adapters_of
+from .host import base_modules as base_modules
+from .kind import KINDS as KINDS
+from .kind import Kind as Kind
+from .kind import Line as Line
+from .kind import Part as Part
+from .kind import hosts as hosts
+from .kind import kind_of as kind_of
+from .kind import register as register
+from .kind import supported as supported
+from .kind import unregister as unregister
+from .whole import WholeAdapters as WholeAdapters  # isort: skip  (the table of kinds has the last one first)
+from .embedding import EmbeddingAdapters as EmbeddingAdapters  # isort: skip
+from .linear import LinearAdapters as LinearAdapters  # isort: skip

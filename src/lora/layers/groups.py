@@ -1,4 +1,4 @@
-"""When a linear runs as one fused operator, and which linears of one input run together."""
+"""Linears that are fed one tensor, computed together as one operator."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import add_updates_, as_dtype, summed_bias
-from ..ops.dequantize import has_triton
+from ..ops import as_dtype, scale_output, summed_bias
 from ..ops.operator import fused_linear
-from .frozen import by_bitsandbytes, frozen_product
 from .host import adapters_of
+from .plan import Plan, plan
 
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -22,11 +21,6 @@ SHARED_INPUT = (
     ("w1", "w3"),
 )
 """Names of siblings that are usually fed the same tensor; each call confirms it."""
-
-
-DEVICES = ("cuda",)
-HAS_TRITON = has_triton()  # a constant, so that a traced call need not ask
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 State = tuple[tuple[str, ...], bool, bool, tuple[int, ...]]
@@ -86,7 +80,7 @@ def _state(host: nn.Module, x: Tensor) -> State:
     return adapters.active, host.training, torch.is_grad_enabled(), versions
 
 
-def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
+def form(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
     """Group the hosts of linears that are siblings, have one input width and are usually fed one tensor."""
     siblings: dict[str, dict[str, nn.Module]] = {}
     for name, host, _ in hosts:
@@ -101,67 +95,41 @@ def form_groups(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
                     _adapters(member).group = group
 
 
-def why_not(host: nn.Module, x: Tensor) -> str | None:
-    """Why this host does not run fused for such an input, in words, or None."""
-    adapters = _adapters(host)
-    weight = adapters.frozen
-    kind, dtype = x.device.type, weight.compute_dtype(x)
-    if kind not in DEVICES:
-        return f"on {kind}"
-    if dtype not in DTYPES:
-        return f"{str(dtype)[6:]} compute"
-    if adapters.quantized:
-        pass  # dequantized to the compute dtype, whichever that is
-    elif weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
-        return "autocast over weights of another dtype"
-    if not HAS_TRITON:
-        return "triton is not installed"
-    if host.training and len({term.dropout for term in adapters.terms}) > 1:
-        return "active adapters with different dropout"
-    return None
-
-
-def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:
-    """The fused result, or None where the host does not run fused; over a quantized weight always a result."""
-    if adapters.quantized and by_bitsandbytes(host, adapters.frozen, x):
-        return separate(host, adapters, x)
-    if why_not(host, x) is not None:
-        if not adapters.quantized:
-            return None
-        one_dropout = not host.training or len({term.dropout for term in adapters.terms}) == 1
-        return compute([host], x)[0] if one_dropout else separate(host, adapters, x)
-    group: Group | None = adapters.group
-    return compute([host], x)[0] if group is None else group.collect(host, x)
-
-
-def separate(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
-    """y of a quantized host in two steps: the frozen product, and the updates on top of it."""
-    y = frozen_product(host, adapters.frozen, x)
-    for term in adapters.terms:
-        if term.bias is not None:
-            y = y + (term.bias - host._parameters["bias"]).to(y.dtype)
-    updates = [(t.A, t.B, t.scaling, t.dropout if host.training else 0.0) for t in adapters.terms]
-    return add_updates_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), updates).view(y.shape)
-
-
 def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     """y of each host for one input, as one operator: one shrink, one dA, one sum for dx."""
     all_adapters = [_adapters(host) for host in hosts]
     all_terms = [adapters.terms for adapters in all_adapters]
+    pairs = [[pair for term in terms for pair in term.pairs()] for terms in all_terms]
     biases = [summed_bias(h._parameters["bias"], t) for h, t in zip(hosts, all_terms, strict=True)]
     stored = [adapters.frozen.stored() for adapters in all_adapters]
-    dtype = all_adapters[0].frozen.compute_dtype(x)
+    first = all_adapters[0]
+    dtype = first.frozen.compute_dtype(x)
+    cast = [None if bias is None else as_dtype(bias, dtype) for bias in biases]
     ys = fused_linear(
         as_dtype(x, dtype),
         [tensor for tensors, _ in stored for tensor in tensors],
-        None if biases[0] is None else [as_dtype(b, dtype) for b in biases if b is not None],
-        [[t.A for t in terms] for terms in all_terms],
-        [[t.B for t in terms] for terms in all_terms],
-        [[t.scaling for t in terms] for terms in all_terms],
+        None if cast[0] is None or first.scaled else [b for b in cast if b is not None],
+        [[A for A, _, _ in target] for target in pairs],
+        [[B for _, B, _ in target] for target in pairs],
+        [[s for _, _, s in target] for target in pairs],
         dropout=all_terms[0][0].dropout if hosts[0].training else 0.0,
-        formats=";".join(text for _, text in stored) if all_adapters[0].quantized else "",
+        formats=";".join(text for _, text in stored) if first.quantized else "",
     )
+    if first.scaled:
+        scales = [adapters.terms[0].output_scale(adapters.frozen) for adapters in all_adapters]
+        ys = [scale_output(y, c, bias) for y, c, bias in zip(ys, scales, cast, strict=True)]
     return [as_dtype(y, adapters.frozen.output_dtype(x)) for y, adapters in zip(ys, all_adapters, strict=True)]
+
+
+def words(host: nn.Module, adapters: Any, chosen: Plan) -> str:
+    """How a host runs, for people."""
+    over = f" over {adapters.frozen.quantization}" if adapters.quantized else ""
+    if chosen.path != "fused":
+        return f"plain torch{over} ({chosen.why})"
+    major, _ = torch.cuda.get_device_capability(adapters.frozen.parameter.device)
+    if major < 8:
+        return f"fused{over}, all by cuBLAS (GPU older than Ampere)"
+    return f"fused{over}" if major == 9 else f"fused{over}, dX and dB by cuBLAS (no Hopper GPU)"
 
 
 def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
@@ -170,9 +138,7 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
     its: Any = adapters_of(member)
     if its is None or not its.terms or its.undo is not None or member.training != host.training:
         return False
-    if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
-        return False
-    if its.quantized and by_bitsandbytes(member, its.frozen, x):
+    if plan(member, its, x).path != "fused" or its.frozen.parameter.device != x.device or its.scaled != mine.scaled:
         return False
     if its.quantized != mine.quantized or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):
         return False

@@ -1,21 +1,20 @@
 """How an adapter sits on a module: the module stays the same object and takes another class while adapters act.
 
 A host keeps its parameters, its hooks, its state-dict keys and its place in the model. Its adapters are one
-submodule, `lora`. While at least one of them acts, the host's class is a subclass of its own class with another
-`forward`; at rest, merged or disabled, it has its own class again and runs its bare operation. (A quantized linear
-has the class `FrozenLinear[...]` then, until the last adapter leaves the model.)
+submodule, `lora`, whose class is the kind of host (`kind.py`). While at least one of them acts, the host's class is a
+subclass of its own class with another `forward`; at rest, merged or disabled, it has its own class again and runs its
+bare operation. (A quantized linear has the class `FrozenLinear[...]` then, until the last adapter leaves the model.)
 """
 
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..config import LoraConfig
-
-AdaptersT = TypeVar("AdaptersT", bound="Adapters")
+from ..exact import Undo
 
 
 @dataclass(eq=False)
@@ -42,7 +41,8 @@ class LoraLayer(nn.Module):
         return _revive, (make, cls.__mro__[1], cls.original), *rest
 
 
-_CLASSES: dict[tuple[Any, Any], type[LoraLayer]] = {}
+_CLASSES: dict[tuple[type["LoraLayer"], type[nn.Module]], type["LoraLayer"]] = {}
+_OVER: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def acting_class(layer: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
@@ -57,14 +57,26 @@ def _revive(make: Any, layer: type[LoraLayer], original: type[nn.Module]) -> Any
     return make(acting_class(layer, original))
 
 
+def _over(present: type[nn.Module], core: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
+    """The class that somebody else made of `core` (FSDP2, a parametrization), made of `new` in the same way."""
+    if present is core:
+        return new
+    if (present, new) not in _OVER:
+        bases = tuple(_over(b, core, new) if issubclass(b, core) else b for b in present.__bases__)
+        body = {k: v for k, v in present.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        made = type(present.__name__.replace(core.__name__, new.__name__), bases, body)
+        _OVER[present, new], _OVER[made, core] = made, present
+    return _OVER[present, new]
+
+
 class Adapters(nn.Module):
-    """The adapters of one host, by name; a subclass for each kind of host knows what its adapters are.
+    """The adapters of one host, by name. Each kind of host is a subclass: see `kind.Kind`.
 
     Children are put into `_modules` directly, and attributes never look there: an adapter may have any name, such as
     `forward` or `active`.
     """
 
-    layer: ClassVar[type[LoraLayer]]
+    layer: ClassVar[type[LoraLayer]]  # what the host becomes while adapters act
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -72,13 +84,16 @@ class Adapters(nn.Module):
         self.records: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
-        self.undo: Any = None  # what the unmerge needs; None when not merged
+        self.undo: Undo | None = None  # what the unmerge needs; None when not merged
         self.resting_layer: type[LoraLayer] | None = None  # what the host is while no adapter acts; None: itself
 
     @property
     def resting(self) -> type[nn.Module]:
         """The host's class while no adapter acts. Not an attribute: a class made at run time cannot be pickled."""
         return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
+
+    def acts(self) -> None:
+        """Called when other adapters act than before: `terms` are their parts."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -117,18 +132,6 @@ def base_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[s
     return walk(model, "")
 
 
-@overload
-def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]: ...
-@overload
-def hosts(model: nn.Module, kind: type[AdaptersT]) -> Iterator[tuple[str, nn.Module, AdaptersT]]: ...
-def hosts(model: nn.Module, kind: type[Adapters] = Adapters) -> Iterator[tuple[str, nn.Module, Adapters]]:
-    """(full name, host, its adapters) for each module that carries adapters, once each, in the model's order."""
-    for name, module in base_modules(model):
-        found = adapters_of(module)
-        if isinstance(found, kind):
-            yield name, module, found
-
-
 def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Module) -> None:
     """Give a host one adapter's part, not yet active."""
     adapters = adapters_of(host)
@@ -149,7 +152,7 @@ def detach(host: nn.Module, name: str) -> None:
     adapters._modules.pop(name, None)
     adapters.records.pop(name, None)
     if not adapters.records:
-        take_class(host, adapters.original)
+        take_class(host, adapters.original, adapters.original)
         del host.lora
 
 
@@ -159,6 +162,7 @@ def activate(host: nn.Module, names: Iterable[str]) -> None:
     assert adapters is not None
     adapters.active = tuple(n for n in names if n in adapters)
     adapters.terms = tuple(adapters[n] for n in adapters.active)
+    adapters.acts()
     refresh(host)
 
 
@@ -166,10 +170,11 @@ def refresh(host: nn.Module) -> None:
     """Set the host's class after a change of `active` or `undo`."""
     adapters = adapters_of(host)
     assert adapters is not None
-    if adapters.undo is not None:
-        take_class(host, getattr(adapters.undo, "merged_class", None) or adapters.resting)
+    if adapters.undo is None:
+        new = acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting
     else:
-        take_class(host, acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting)
+        new = adapters.undo.merged_class or adapters.resting
+    take_class(host, new, adapters.original)
 
 
 def original_class(host: nn.Module) -> type[nn.Module]:
@@ -177,7 +182,20 @@ def original_class(host: nn.Module) -> type[nn.Module]:
     return host.original if isinstance(host, LoraLayer) else type(host)
 
 
-def take_class(host: nn.Module, kind: type[nn.Module]) -> None:
-    host.__class__ = kind
+def take_layer(host: nn.Module, layer: type[LoraLayer] | None) -> None:
+    """Give a module that carries no adapters, or no longer, the class that `layer` makes of its own class, or its own."""
+    original = original_class(host)
+    take_class(host, original if layer is None else acting_class(layer, original))
+
+
+def take_class(host: nn.Module, new: type[nn.Module], original: type[nn.Module] | None = None) -> None:
+    """Give a host another class. What others made of the present one meanwhile, they find made of the new one.
+
+    `original`: the class in which adapters found the host, which somebody may have made another of since.
+    """
+    present = type(host)
+    ours = _CLASSES.values()
+    core = next((c for c in present.__mro__ if c is original or c in ours), present)
+    host.__class__ = _over(present, core, new)
     if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance
         host._old_forward = types.MethodType(type(host).forward, host)  # type: ignore[assignment]

@@ -1,55 +1,19 @@
-"""The low-rank update of a linear map."""
+"""The linear map: `W0 x + bias`, stored as a matrix of any format."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.weight import FrozenWeight, weight_of
 from ..errors import LoraError
-from ..ops import lora_linear, summed_bias
-from ..updates.start import init_
+from ..ops import add_updates_, lora_linear, scale_output, summed_bias
 from . import groups
-from .frozen import FrozenLinear
-from .host import Adapters, LoraLayer
-
-
-class LowRank(nn.Module):
-    """One adapter's part on one linear: A (r, in) and B (out, r), fp32, and the trained bias (out,) or None."""
-
-    bias: Tensor | None
-
-    def __init__(self, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.scaling = scaling
-        self.dropout = dropout
-
-    @classmethod
-    def fresh(cls, weight: FrozenWeight, r: int, scaling: float, dropout: float, init: str | None) -> "LowRank":
-        """A new part for a weight, on its device: A drawn and B zero, or both to be filled when `init` is None.
-
-        A part to be filled is never on the meta device, so that an adapter can come before its base's weights.
-        """
-        out_features, in_features = weight.shape
-        device = weight.parameter.device
-        if init is None and device.type == "meta":
-            device = torch.device("cpu")
-        A = torch.empty(r, in_features, device=device, dtype=torch.float32)
-        B = torch.empty(out_features, r, device=device, dtype=torch.float32)
-        if init is not None:
-            init_(A, B, init)
-        return cls(A, B, scaling, dropout)
-
-    @property
-    def r(self) -> int:
-        return self.A.shape[0]
-
-    def extra_repr(self) -> str:
-        out_features, in_features = self.B.shape[0], self.A.shape[1]
-        return f"in={in_features}, out={out_features}, r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+from .frozen import frozen_product
+from .host import LoraLayer
+from .kind import Kind, register
+from .matrix import MatrixKind, apart
+from .plan import Plan, plan
 
 
 class LoraLinear(LoraLayer):
@@ -61,34 +25,65 @@ class LoraLinear(LoraLayer):
         adapters: Any = self._modules["lora"]
         if "_is_replica" in self.__dict__:
             raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
-        if x.device.type in groups.DEVICES or adapters.quantized:
-            y = groups.run(self, adapters, x)
-            if y is not None:
-                return y
-        bias: Tensor | None = self._parameters["bias"]
-        training = self.training
-        updates, own_bias = [], False
-        for term in adapters.terms:
-            own = term._parameters
-            updates.append((own["A"], own["B"], term.scaling, term.dropout if training else 0.0))
-            own_bias = own_bias or own["bias"] is not None
-        if own_bias:
-            bias = summed_bias(bias, adapters.terms)
+        path = plan(self, adapters, x).path
+        if path == "plain":
+            return _plain(self, adapters, x)
+        if path == "fused":
+            group: groups.Group | None = adapters.group
+            return groups.compute([self], x)[0] if group is None else group.collect(self, x)
+        return groups.compute([self], x)[0] if path == "operator" else _apart(self, adapters, x)
+
+
+def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
+    bias: Tensor | None = host._parameters["bias"]
+    training = host.training
+    updates, own_bias = [], False
+    for term in adapters.terms:
+        for A, B, s in term.pairs():
+            updates.append((A, B, s, term.dropout if training else 0.0))
+        own_bias = own_bias or term._parameters["bias"] is not None
+    if own_bias:
+        bias = summed_bias(bias, adapters.terms)
+    if not adapters.scaled:
         return lora_linear(x, adapters.frozen.dense(), bias, updates)
+    (term,) = adapters.terms
+    return scale_output(lora_linear(x, adapters.frozen.dense(), None, updates), term.output_scale(adapters.frozen), bias)
 
 
-class LinearAdapters(Adapters):
+def _apart(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
+    """The base's product, and the updates on top of it."""
+    y = frozen_product(host, adapters.frozen, x)
+    bias: Tensor | None = host._parameters["bias"]
+    if adapters.scaled and bias is not None:
+        y = y - bias.to(y.dtype)  # it is not scaled
+    y, pairs = apart(y, adapters.terms, adapters.frozen)
+    if adapters.scaled and bias is not None:
+        y = y + bias.to(y.dtype)
+    for term in adapters.terms:
+        if term.bias is not None:
+            y = y + (term.bias - bias).to(y.dtype)
+    updates = [(A, B, s, term.dropout if host.training else 0.0) for term, (A, B, s) in pairs]
+    return add_updates_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), updates).view(y.shape)
+
+
+@register
+class LinearAdapters(MatrixKind):
     """The adapters of a module that computes W0 x + bias."""
 
     layer = LoraLinear
-    terms: tuple[LowRank, ...]
+    role = "linear"
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"}
+    all_linear = True
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
-        weight = weight_of(host)
-        assert weight is not None, type(host)
-        self.frozen = weight
-        self.quantized = weight.quantization is not None
-        if self.quantized:
-            self.resting_layer = FrozenLinear
-        self.group: Any = None  # the hosts that are fed the same tensor, where there are any
+        self.group: groups.Group | None = None
+
+    @classmethod
+    def arrange(cls, hosts: Iterable[tuple[str, nn.Module, Kind]]) -> None:
+        groups.form(hosts)
+
+    def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
+        weight = self.frozen
+        x = torch.empty(0, dtype=weight.acts_in(plain), device=weight.parameter.device)
+        return groups.words(host, self, plan(host, self, x))

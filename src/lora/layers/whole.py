@@ -1,11 +1,20 @@
 """A module that an adapter trains whole: it works on its own copy while the adapter acts."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .frozen import FrozenLinear, is_quantized
-from .host import Adapters, LoraLayer
+from ..bases import is_quantized
+from ..config import LoraConfig, matches
+from ..errors import LoraError, near
+from ..exact import How, MergedModule, Plain
+from .called import check_called
+from .copies import base_parameters, copy_with_own, deep_copy, materialize_
+from .frozen import FrozenLinear
+from .host import LoraLayer, adapters_of, base_modules, refresh
+from .kind import Kind, Line, Part, hosts, refuse_stranger, register
 
 
 class Whole(nn.Module):
@@ -18,28 +27,198 @@ class Whole(nn.Module):
 
 
 class WholeLayer(LoraLayer):
-    """A module while an adapter's copy of it acts in its place."""
+    """A module while an adapter's copy of it acts in its place.
+
+    Its parameters, read or assigned by name, are the copy's: for code that reads a weight and does not call the module
+    (a fused loss, tied embeddings), and for code that puts another in its place.
+    """
 
     @property
     def weight(self) -> Any:
-        """The copy's, for code that reads the weight and does not call the module (a fused loss, tied embeddings)."""
         return self.lora.terms[-1].module.weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value  # past nn.Module's own __setattr__ only FSDP1 comes here, with the base's view
 
     @property
     def bias(self) -> Any:
         return self.lora.terms[-1].module.bias
 
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self.__dict__["bias"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__["_parameters"] and (own := _copied(self, name)) is not None:
+            return own._parameters[name]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = _copied(self, name)
+        if own is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(own, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if _copied(self, name) is not None:
+            raise LoraError(
+                f"model: {name!r} of a module that an adapter trains whole cannot be deleted while its copy acts; "
+                "lora.remove the adapter, or lora.activate(model, None) first"
+            )
+        super().__delattr__(name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.lora.terms[-1].module(*args, **kwargs)
 
 
-class WholeAdapters(Adapters):
+def _copied(host: nn.Module, name: str) -> nn.Module | None:
+    """The acting copy of a host, where it has a parameter of that name."""
+    adapters: Any = host.__dict__["_modules"].get("lora")
+    if not adapters or not adapters.terms:
+        return None
+    module: nn.Module = adapters.terms[-1].module
+    return module if name in module._parameters else None
+
+
+class Exchanged(Plain):
+    """The host has the copy's values and the copy the host's."""
+
+
+@register
+class WholeAdapters(Kind):
     """The copies of one module, by adapter."""
 
     layer = WholeLayer
+    weight_is_seen = True
     terms: tuple[Whole, ...]
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
         if is_quantized(host):  # an adapter trains its bias
             self.resting_layer = FrozenLinear
+
+    @classmethod
+    def parts(
+        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
+    ) -> list[Part]:  # fmt: skip
+        """A copy of each module to train whole, and of each with a bias to train that is no target.
+
+        What the copies share stays shared: tied parameters are tied in the copies, and what does not train is the
+        base's own.
+        """
+        modules = dict(base_modules(root))
+        whole = _whole(modules, config, loading)
+        biased: dict[str, tuple[str, ...]] = {}
+        for name, module in modules.items() if config.bias == "all" else ():
+            found = tuple(n for n, p in module._parameters.items() if "bias" in n and p is not None)
+            if found and name not in targets and not _inside(name, whole):
+                biased[name] = found
+        _check(root, modules, whole | biased)
+        memo: dict[int, Any] = {}
+        copies = [Whole(deep_copy(modules[n], memo), trained) for n, trained in whole.items()]
+        copies += [Whole(copy_with_own(modules[n], trained, memo), trained) for n, trained in biased.items()]
+        for part in copies if loading else ():
+            materialize_(part.module, part.trained)
+        return [Part(modules[n], cls, part) for n, part in zip(whole | biased, copies, strict=True)]
+
+    @classmethod
+    def trained(cls, part: Whole) -> list[nn.Parameter]:
+        own = dict(part.module.named_parameters(remove_duplicate=False))
+        return [own[name] for name in part.trained]
+
+    @classmethod
+    def tensors(cls, part: Whole) -> dict[str, Tensor]:
+        state = part.module.state_dict(keep_vars=True)
+        frozen = dict(part.module.named_parameters(remove_duplicate=False)).keys() - set(part.trained)
+        return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+    @classmethod
+    def line(cls, part: Whole) -> Line:
+        trained = cls.trained(part)
+        return Line(tuple(trained[0].shape), None, sum(p.numel() for p in trained))
+
+    def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
+        return "own copy"
+
+    def check_together(self, name: str, names: list[str]) -> None:
+        if len(names) > 1:
+            raise LoraError(f"names: {', '.join(names)} each train {name!r} whole, and only one copy can act")
+
+    def covers(self, adapter: str) -> bool:
+        return any("." in trained for trained in self[adapter].trained)
+
+    def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
+        first = self._exchange(host, how)
+        self.undo = Exchanged()
+        refresh(host)
+        return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
+
+    def unmerge(self, name: str, host: nn.Module, how: How) -> None:
+        self._exchange(host, how)
+        self.undo = None
+        refresh(host)
+
+    def _exchange(self, host: nn.Module, how: How) -> Tensor:
+        """Exchange the values of the base's tensors with those of the acting copy; tied ones only once."""
+        copy = self.terms[-1].module
+        theirs = dict(host.named_parameters()) | dict(host.named_buffers())
+        own = [(n, t) for n, t in [*copy.named_parameters(), *copy.named_buffers()] if t is not theirs[n]]
+        for n, mine in own:
+            if id(mine) not in how.exchanged:
+                how.exchanged.add(id(mine))
+                mine.data, theirs[n].data = theirs[n].data, mine.data
+        return own[0][1]
+
+
+def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> dict[str, tuple[str, ...]]:
+    """The modules that `train` names, and the names of their parameters."""
+    whole: dict[str, tuple[str, ...]] = {}
+    for entry in config.train:
+        fits = [name for name in modules if name and matches([entry], name)]
+        if not fits and not loading:
+            raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
+        for name in fits:
+            own = list(base_parameters(modules[name]))
+            whole[name] = tuple(n for n, _ in own)
+            quantized = any(is_quantized(module) for _, module in base_modules(modules[name]))
+            if quantized or any(not p.is_floating_point() for _, p in own):
+                raise LoraError(
+                    f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
+                    "with it left out of the quantization"
+                )
+            if not own:
+                raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
+    for name in [n for n in whole if _inside(n, [other for other in whole if other != n])]:  # the outer copy has it
+        del whole[name]
+    return whole
+
+
+def _inside(name: str, roots: Iterable[str]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def _check(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tuple[str, ...]]) -> None:
+    trained = {
+        id(p): f"{name}.{n}" for name, names in chosen.items() for n, p in base_parameters(modules[name]) if n in names
+    }
+    for name, names in chosen.items():
+        check_called(root, "train or bias='all'", name)
+        if hasattr(modules[name], "lora") and adapters_of(modules[name]) is None:
+            raise LoraError(f"train: {name!r} has an attribute `lora` that is not ours; rename it")
+        for inner, _, adapters in hosts(modules[name]):
+            within = bool(inner) and any("." in n for n in names)  # a bias of its own leaves the children alone
+            if within or (not inner and not isinstance(adapters, WholeAdapters)):
+                raise LoraError(
+                    f"train: {name!r} carries a part of adapter {', '.join(adapters.records)} "
+                    f"({inner or 'itself'}), which a copy of it would leave out; train something else whole"
+                )
+    inside = {f"{name}.{n}" for name, names in chosen.items() for n in names}
+    for owner, module in modules.items():
+        for n, p in module._parameters.items():
+            if p is not None and id(p) in trained and f"{owner}.{n}" not in inside:
+                raise LoraError(
+                    f"train: {trained[id(p)]!r} is tied to '{owner}.{n}', and training one alone would part them; "
+                    f"name both, train=[..., {owner!r}], or untie them first"
+                )

@@ -1,0 +1,12 @@
+"""Updates: what an adapter holds on a host. One file each; `LoraConfig.update` names them."""
+
+from .dora import DoRA as DoRA
+from .low_rank import LowRank as LowRank
+from .update import Change as Change
+from .update import Pair as Pair
+from .update import Start as Start
+from .update import Update as Update
+from .update import change as change
+from .update import register as register
+from .update import unregister as unregister
+from .update import update_named as update_named

@@ -1,0 +1,66 @@
+"""What a merge is told, what it must remember, and the checks around it."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..errors import LoraError
+
+
+class Undo(Protocol):
+    """What one host needs to be unmerged. None in its place: the host is not merged."""
+
+    @property
+    def merged_class(self) -> type[nn.Module] | None:
+        """The host's class while merged; None for the one that it has at rest."""
+
+    @property
+    def into(self) -> str | None:
+        """What a quantized weight was quantized into again; None for anything else."""
+
+
+@dataclass
+class Plain:
+    """An undo that leaves the host's class alone."""
+
+    @property
+    def merged_class(self) -> None:
+        return None
+
+    @property
+    def into(self) -> None:
+        return None
+
+
+@dataclass
+class How:
+    """How all hosts of one merge or unmerge are treated.
+
+    into: as `lora.merge` has it. dtype: of a linear that takes a quantized one's place; None: the weight's own.
+    exchanged: ids of the tensors whose values were exchanged already, for tensors that are tied.
+    """
+
+    into: str | None = None
+    dtype: torch.dtype | None = None
+    exchanged: set[int] = field(default_factory=set)
+
+
+def refuse_overflow(name: str, values: torch.Tensor, stored: str | None = None) -> None:
+    """`stored`: how the values are held, where that is not their dtype."""
+    if not torch.isfinite(values).all():
+        held = stored or str(values.dtype).removeprefix("torch.")
+        raise LoraError(
+            f"model: merging {name!r} gives NaN or infinity in {held}; nothing was changed. The "
+            "base's weight has such values already, or the sum is too large for the dtype: then merge into a float32 "
+            "copy"
+        )
+
+
+def changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:
+    was = "" if before is None else f"was {before} and "
+    return LoraError(
+        f"model: {name!r} cannot be unmerged: its weight, bias, A or B changed after the merge (trained, loaded or "
+        f"cast; it {was}is {dtype}). Put the values back, or load the base model again"
+    )

@@ -1,0 +1,74 @@
+"""The lookup table: row t of the stored weight for token t, which is W0 x for the one-hot x of the token.
+
+W0 is seen as (dim, tokens), so that the formula and the files are those of every matrix: A (r, tokens), B (dim, r). A
+starts at zero, as in loralib, so that a token that training never sees keeps the base's row, to the bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding
+
+from ..errors import LoraError
+from ..ops import as_dtype, scale_output
+from .host import LoraLayer, adapters_of, original_class
+from .kind import register
+from .matrix import MatrixKind, apart
+
+
+class LoraEmbedding(LoraLayer):
+    """A lookup table while its adapters act."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        adapters: Any = self._modules["lora"]
+        y: Tensor = adapters.original.forward(self, input)  # (..., dim)
+        terms = adapters.terms
+        last: Tensor | None = None
+        if adapters.scaled and len(terms) == 1:
+            last = terms[0].output_scale(adapters.frozen)
+            pairs = [(terms[0], pair) for pair in terms[0].pairs()]
+        else:
+            y, pairs = apart(y, terms, adapters.frozen)
+        flat = y.view(-1, y.shape[-1])
+        for term, (A, B, s) in pairs:
+            # A^T's rows are gathered, as the table's are; a padding token has no gradient there either.
+            h = embedding(input.reshape(-1), A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+            if self.training and term.dropout:  # of the one-hot input: its only element that is not zero
+                h = h * dropout(h.new_ones(h.shape[0], 1), term.dropout)
+            flat = flat.addmm_(as_dtype(h, y.dtype), as_dtype(B, y.dtype).t(), alpha=s)
+        y = flat.view(y.shape)
+        return y if last is None else scale_output(y, last, None)
+
+
+@register
+class EmbeddingAdapters(MatrixKind):
+    """The adapters of an nn.Embedding. One whose table is tied to a head is adapted alone: the head reads W0."""
+
+    layer = LoraEmbedding
+    role = "embedding"
+    supports = "nn.Embedding"
+    keys = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+    zero = "A"
+
+    @classmethod
+    def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:
+        found = adapters_of(module)
+        kind: Any = original_class(module) if found is None else found.original
+        if kind.forward is not nn.Embedding.forward:
+            raise LoraError(
+                f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, an embedding with a forward of its own; "
+                "supported are nn.Embedding, and subclasses that keep its forward; train=[...] trains it whole"
+            )
+        if module.max_norm is not None:
+            raise LoraError(
+                f"targets: {name!r} has max_norm={module.max_norm}, which rewrites the frozen table in each forward "
+                "pass; set it to None, or leave it out"
+            )
+        if not module.weight.is_floating_point() or module.weight.element_size() < 2:  # type: ignore[union-attr,operator]
+            raise LoraError(
+                f"targets: the weight of {name!r} is {module.weight.dtype}; supported are floats of 16 bits or more"
+            )
+
+    def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
+        return "lookup"

@@ -1,0 +1,180 @@
+"""A kind of host: all that differs between a linear, an embedding, a module trained whole, and what comes after them.
+
+The verbs (inject, load, save, merge, summary, ...) walk over hosts and ask; none of them knows a kind by name. A new
+kind is one subclass, registered in the table below.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import FrozenWeight
+from ..config import LoraConfig
+from ..errors import LoraError
+from ..exact import How, MergedModule
+from .host import Adapters, adapters_of, base_modules
+
+KindT = TypeVar("KindT", bound="Kind")
+
+
+class Part(NamedTuple):
+    """One adapter's part, prepared for a host that may not carry it yet."""
+
+    host: nn.Module
+    kind: type["Kind"]
+    module: Any
+
+
+class Line(NamedTuple):
+    """What the summary says of one part."""
+
+    shape: tuple[int, ...]
+    r: int | None
+    parameters: int
+
+
+class Kind(Adapters):
+    """The adapters of one host, and what is true of every host of its kind."""
+
+    supports: ClassVar[str] = ""  # the classes it takes, as errors list them; "" where targets pick none
+    all_linear: ClassVar[bool] = False  # whether targets="all-linear" means its modules
+    weight_is_seen: ClassVar[bool] = False  # whether who reads host.weight, and does not call the host, sees what acts
+    group: Any = None  # the hosts that are computed together with this one, where there are any
+
+    # Which modules.
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether `targets` may pick a module for this kind."""
+        return False
+
+    @classmethod
+    def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:
+        """Raise LoraError, with the reason, where a module that it takes cannot carry an adapter as it is now."""
+
+    # An adapter's part.
+
+    @classmethod
+    def parts(
+        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
+    ) -> list[Part]:  # fmt: skip
+        """Fresh parts of this kind for a new adapter, nothing attached yet.
+
+        Args:
+            targets: full name and module of all that `targets` picked, of whichever kind.
+            loading: a file will fill them, so nothing need be drawn, and names that fit nothing do no harm.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def trained(cls, part: Any) -> list[nn.Parameter]:
+        """The parameters of a part that train."""
+        return list(part.parameters())
+
+    @classmethod
+    def arrange(cls, hosts: Iterable[tuple[str, nn.Module, "Kind"]]) -> None:
+        """Called with all hosts of this kind in a model once new ones have come."""
+
+    def check_together(self, name: str, names: list[str]) -> None:
+        """Raise LoraError where these adapters cannot act at once on this host."""
+
+    def covers(self, adapter: str) -> bool:
+        """Whether nothing inside the host runs while this adapter acts on it."""
+        return False
+
+    # In a file.
+
+    @classmethod
+    def tensors(cls, part: Any) -> dict[str, Tensor]:
+        """A part's tensors by their keys in a file, which follow the host's full name and a dot."""
+        raise NotImplementedError
+
+    @classmethod
+    def weight(cls, host: nn.Module) -> FrozenWeight | None:
+        """The frozen weight that an adapter here belongs to, of which a file keeps a fingerprint."""
+        return None
+
+    # Merged into the host.
+
+    @property
+    def quantization(self) -> str | None:
+        """How the host's weight is quantized, where it is."""
+        return None
+
+    def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
+        """Raise LoraError where the host's weight cannot take a merge."""
+
+    def written(self, host: nn.Module) -> list[Tensor]:
+        """The host's tensors that a merge writes to, which nobody else may hold."""
+        return []
+
+    def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
+        """Fold what acts into the host and set `undo`, or raise and change nothing."""
+        raise NotImplementedError
+
+    def unmerge(self, name: str, host: nn.Module, how: How) -> None:
+        """Give the host back what it had, to the bit, and clear `undo`, or raise and change nothing."""
+        raise NotImplementedError
+
+    def leave(self, host: nn.Module) -> bool:
+        """Before a merged host's adapters go for good: forget the way back. Whether the host was made another module."""
+        self.undo = None
+        return False
+
+    # In the summary.
+
+    @classmethod
+    def line(cls, part: Any) -> Line:
+        raise NotImplementedError
+
+    def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
+        """How what acts on the host runs; `plain`: the dtype of the model's activations, where known."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What a reader of the summary should know beside the table."""
+        return []
+
+
+KINDS: list[type[Kind]] = []
+"""Asked in this order, a kind registered later before those that came with the library."""
+
+
+def register(kind: type[KindT]) -> type[KindT]:
+    """Add a kind of host; as a decorator."""
+    if kind not in KINDS:
+        KINDS.insert(0, kind)
+    return kind
+
+
+def unregister(kind: type[Kind]) -> None:
+    """Take it out of the table again; hosts that are of it stay as they are."""
+    if kind in KINDS:
+        KINDS.remove(kind)
+
+
+def kind_of(module: nn.Module) -> type[Kind] | None:
+    """The kind that takes a module as a target."""
+    return next((kind for kind in KINDS if kind.takes(module)), None)
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
+    """(full name, host, its adapters) for each module that carries adapters, once each, in the model's order."""
+    for name, module in base_modules(model):
+        found = adapters_of(module)
+        if isinstance(found, Kind):
+            yield name, module, found
+
+
+def supported() -> str:
+    """The classes that targets may pick, for errors."""
+    known = [kind.supports for kind in reversed(KINDS) if kind.supports]
+    return f"supported are {', '.join(known)}"
+
+
+def refuse_stranger(argument: str, name: str, module: nn.Module, kind: type[Kind]) -> None:
+    """Refuse a module that has an attribute `lora` already which is not this kind's."""
+    if hasattr(module, "lora") and not isinstance(adapters_of(module), kind):
+        raise LoraError(f"{argument}: {name!r} has an attribute `lora` that is not ours, or is trained whole already")

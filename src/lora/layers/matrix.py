@@ -1,0 +1,141 @@
+"""What hosts have in common whose operation is one frozen matrix W0 (out, in), read through a `FrozenWeight`."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import FrozenWeight, weight_of
+from ..config import LoraConfig
+from ..errors import LoraError
+from ..exact import DenseUndo, How, MergedModule, Replaced, check_into, merge_dense, merge_replaced, unmerge_dense, unmerge_replaced
+from ..ops import scale_output
+from ..updates import Pair, Start, Update, update_named
+from .frozen import FrozenLinear
+from .host import refresh
+from .kind import Kind, Line, Part, kind_of, refuse_stranger
+
+
+class MatrixKind(Kind):
+    """The updates of one matrix."""
+
+    role: ClassVar[str]  # which frozen weights are of this kind: `FrozenWeight.role`
+    keys: ClassVar[dict[str, str]]  # names in a file of the update's A and B, and of the trained bias
+    zero: ClassVar[str] = "B"  # the half of a fresh update that is zero
+    terms: tuple[Update, ...]
+    scaled: bool  # whether an acting update has an output scale
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        weight = self.weight(host)
+        assert weight is not None, type(host)
+        self.frozen = weight
+        self.quantized = weight.quantization is not None
+        self.scaled = False
+        if self.quantized:
+            self.resting_layer = FrozenLinear
+
+    def acts(self) -> None:
+        self.scaled = any(term.scales for term in self.terms)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        return cls.weight(module) is not None
+
+    @classmethod
+    def weight(cls, host: nn.Module) -> FrozenWeight | None:
+        return weight_of(host, cls.role)
+
+    @classmethod
+    def parts(
+        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
+    ) -> list[Part]:  # fmt: skip
+        """A fresh update for each target of this kind, with a bias of its own where the config trains biases."""
+        update, parts = update_named(config.update), []
+        for name, module in targets.items():
+            if kind_of(module) is not cls:
+                continue
+            refuse_stranger("targets", name, module, cls)
+            weight = cls.weight(module)
+            assert weight is not None
+            init = None if loading else config.init
+            start = Start(config.rank(name), config.scaling(name), config.dropout, init, cls.zero)
+            part = update.fresh(weight, start)
+            bias = module._parameters.get("bias")
+            if config.bias != "none" and bias is not None:
+                device = part.pairs()[0][0].device
+                values = torch.empty(bias.shape, device=device) if loading else bias.detach()
+                part.bias = nn.Parameter(values.to(torch.float32, copy=True))
+            parts.append(Part(module, cls, part))
+        return parts
+
+    @classmethod
+    def tensors(cls, part: Update) -> dict[str, Tensor]:
+        return {cls.keys.get(name, name): tensor for name, tensor in part.tensors().items()}
+
+    @classmethod
+    def line(cls, part: Update) -> Line:
+        A, B, _ = part.pairs()[0]
+        return Line((B.shape[0], A.shape[1]), part.r, sum(p.numel() for p in part.parameters()))
+
+    @property
+    def quantization(self) -> str | None:
+        return self.frozen.quantization
+
+    def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
+        check_into(name, self.frozen, into)
+        weight = self.frozen.parameter
+        if weight.is_meta:
+            raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
+        if not self.quantized and any(
+            step == 0 and length > 1 for step, length in zip(weight.stride(), weight.shape, strict=True)
+        ):
+            raise LoraError(f"model: the weight of {name!r} is an expanded view; give the module a tensor of its own")
+
+    def written(self, host: nn.Module) -> list[Tensor]:
+        tensors = [] if self.quantized else [self.frozen.parameter]  # one that is replaced stays whole for others
+        return tensors + [host.get_parameter("bias")] * any(term.bias is not None for term in self.terms)
+
+    def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
+        if self.quantized:
+            report, self.undo = merge_replaced(name, host, self.frozen, self.terms, how)
+        else:
+            report, self.undo = merge_dense(name, host, self.frozen, self.terms)
+        refresh(host)
+        return report
+
+    def unmerge(self, name: str, host: nn.Module, how: How) -> None:
+        if isinstance(self.undo, Replaced):
+            unmerge_replaced(name, host, self.frozen, self.terms, self.undo)
+        else:
+            assert isinstance(self.undo, DenseUndo)
+            unmerge_dense(name, host, self.frozen, self.terms, self.undo)
+        self.undo = None
+        refresh(host)
+
+    def leave(self, host: nn.Module) -> bool:
+        undo, self.undo = self.undo, None
+        if undo is None or undo.merged_class is None:
+            return False
+        assert isinstance(undo, Replaced)
+        self.original, self.resting_layer = undo.leave(host), None
+        return True
+
+    def notes(self) -> list[str]:
+        return [self.frozen.note] if self.frozen.note else []
+
+
+def apart(y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight) -> tuple[Tensor, list[tuple[Update, Pair]]]:
+    """The base's product y under several updates, and the low-rank terms to add to it: their changes add, so
+
+        y = (1 + sum of (c - 1)) W0 x + sum of s (c B) A x
+    """
+    scales = [term.output_scale(frozen) for term in terms]
+    total: Tensor | None = None
+    pairs: list[tuple[Update, Pair]] = []
+    for term, c in zip(terms, scales, strict=True):
+        for A, B, s in term.pairs():
+            pairs.append((term, (A, B if c is None else B * c[:, None], s)))
+        if c is not None:
+            total = c if total is None else total + (c - 1)
+    return y if total is None else scale_output(y, total, None), pairs

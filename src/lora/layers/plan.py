@@ -1,0 +1,73 @@
+"""The choice: what runs for a linear host and this input, and why. The host executes it, the summary prints it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.dequantize import has_triton
+
+DEVICES = ("cuda",)
+HAS_TRITON = has_triton()  # a constant, so that a traced call need not ask
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Plan(NamedTuple):
+    """path: how the host computes.
+
+    | path | |
+    |---|---|
+    | fused | one operator on the kernels, for all hosts that are fed this tensor |
+    | operator | the same operator in plain torch: over a quantized weight where the kernels do not run |
+    | plain | the base's own product and the update, in plain torch |
+    | apart | the base's product first, whoever computes it, and the updates on top |
+
+    why: what keeps the host from running fused; "" where it does.
+    """
+
+    path: str
+    why: str
+
+
+FUSED = Plan("fused", "")
+OWN = Plan("apart", "in eval mode the base's product is left to the library that quantized it")
+SEVERAL = Plan("apart", "several updates act, of which one scales the output")
+_OFF = {kind: Plan("plain", f"on {kind}") for kind in ("cpu", "meta", "mps", "xpu", "hpu", "npu")}
+
+
+def plan(host: nn.Module, adapters: Any, x: Tensor) -> Plan:
+    """How this host runs for an input x (..., in). Within compiled code it is asked while that is traced."""
+    kind = x.device.type
+    quantized: bool = adapters.quantized
+    if adapters.scaled and len(adapters.terms) > 1:
+        return SEVERAL
+    if not quantized and kind not in DEVICES:
+        return _OFF.get(kind) or Plan("plain", f"on {kind}")
+    weight = adapters.frozen
+    if quantized and weight.runs_own_forward(host, x):
+        return OWN
+    why = _why_not_fused(host, adapters, x)
+    if why is None:
+        return FUSED
+    if not quantized:
+        return Plan("plain", why)
+    one_dropout = not host.training or len({term.dropout for term in adapters.terms}) == 1
+    return Plan("operator" if one_dropout else "apart", why)
+
+
+def _why_not_fused(host: nn.Module, adapters: Any, x: Tensor) -> str | None:
+    weight = adapters.frozen
+    kind, dtype = x.device.type, weight.compute_dtype(x)
+    if kind not in DEVICES:
+        return f"on {kind}"
+    if dtype not in DTYPES:
+        return f"{str(dtype)[6:]} compute"
+    if adapters.quantized:
+        pass  # dequantized to the compute dtype, whichever that is
+    elif weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+        return "autocast over weights of another dtype"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if host.training and len({term.dropout for term in adapters.terms}) > 1:
+        return "active adapters with different dropout"
+    return None

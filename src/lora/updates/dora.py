@@ -1,0 +1,41 @@
+"""DoRA (Liu et al., 2024, arXiv:2402.09353): the low-rank update turns the rows of W0, a trained vector stretches them.
+
+    W = m * V / ||V||        V = W0 + s B A, ||V|| by row, a constant in the backward pass        m: (out,)
+
+m starts at ||W0||, so that a fresh adapter changes nothing. Under dropout the update alone sees the dropped input, as in
+plain LoRA.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import FrozenWeight
+from ..ops import row_norms
+from .low_rank import LowRank
+from .update import Start, register
+
+
+@register
+class DoRA(LowRank):
+    """A (r, in), B (out, r) and the magnitude m (out,), fp32."""
+
+    name = "dora"
+    scales = True
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None) -> None:
+        super().__init__(A, B, scaling, dropout, bias)
+        self.magnitude = nn.Parameter(torch.empty(B.shape[0], device=B.device, dtype=torch.float32))
+
+    @classmethod
+    def fresh(cls, weight: FrozenWeight, start: Start) -> "DoRA":
+        part = super().fresh(weight, start)
+        if start.init is not None and not part.magnitude.is_meta:
+            with torch.no_grad():
+                part.magnitude.copy_(row_norms(weight.dense(), part.pairs()))
+        return part
+
+    def output_scale(self, weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+        """m / ||V|| (out,); 0 for a row of V that is all zeros, whose m starts at 0."""
+        magnitude = self.magnitude.to(dtype)
+        norms = row_norms(weight.dense(), self.pairs(), dtype).to(magnitude.device)
+        return magnitude / norms.masked_fill(norms == 0, 1)
