@@ -19,7 +19,7 @@ from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_
 from lora.bases.weight import Dense
 from lora.layers.host import adapters_of, hosts
 
-TRAINED = Path(__file__).parents[1] / "examples" / "tiny-llama-8m"
+TRAINED = Path(__file__).parents[2] / "examples" / "tiny-llama-8m"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
