@@ -1,10 +1,14 @@
 """Tiny models of three architectures, and what tests do to them."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from lora import LoraError
+from lora.layers.host import hosts
 
 torch.set_num_threads(2)
 
@@ -102,3 +106,26 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
         )
         for k in left
     )
+
+
+def state_of(model: nn.Module) -> tuple:
+    """All that a failed verb must leave alone, but the values of tensors."""
+    return (
+        [(name, type(module)) for name, module in model.named_modules()],
+        [(name, p.requires_grad, p.dtype, id(p)) for name, p in model.named_parameters(remove_duplicate=False)],
+        [(name, adapters.active, adapters.undo is None) for name, _, adapters in hosts(model)],
+    )
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    values, state = snapshot(model), state_of(model)
+    yield
+    assert state_of(model) == state
+    assert same_bits(snapshot(model), values)
+
+
+def refused(verb: Callable[[], object], model: nn.Module, match: str) -> None:
+    """The verb raises LoraError with these words, and the model is the same to the bit."""
+    with unchanged(model), pytest.raises(LoraError, match=match):
+        verb()

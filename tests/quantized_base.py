@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import tiny_llama
+import lora
+from conftest import randomize, tiny_llama
+from lora.layers.host import hosts
+from two_kinds import update64
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ["nf4", "fp4", "nested nf4", "int8"]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "initializer_range": 0.1}
 
 
@@ -54,6 +58,31 @@ def net(kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
     return nn.Sequential(linears[0], nn.Tanh(), linears[1], nn.Tanh(), linears[2]).to(dtype).to("cpu").train()
 
 
+def tokens(rows: int = 2) -> Tensor:
+    return torch.randint(1, 97, (rows, 11), generator=torch.Generator().manual_seed(3))
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, rows: int = 9) -> Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules() if ".lora" not in name}
+
+
+def adapted(kind: str | None, dtype: torch.dtype = torch.bfloat16, ratio: float = 0.1, **settings: Any) -> Any:
+    """Each update has `ratio` of its weight's norm."""
+    model = lora.inject(llama(kind, dtype), **{"r": 4, "targets": TARGETS, **settings})
+    return scaled(randomize(model), ratio)
+
+
+def scaled(model: nn.Module, ratio: float) -> nn.Module:
+    for _, host, adapters in hosts(model):
+        part, weight = adapters["default"], adapters.frozen.dense(torch.float64)
+        part.B.data *= ratio * weight.norm() / update64(host).norm()
+    return model
+
+
 def values(module: Any) -> Tensor:
     """What a quantized linear's weight stands for, (out, in) fp32, by bitsandbytes' own words."""
     if isinstance(module, bnb.nn.Linear8bitLt):
@@ -67,8 +96,6 @@ def values(module: Any) -> Tensor:
 
 def dense_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy without adapters, on plain linears of the dequantized weights."""
-    import lora
-
     twin: Any = copy.deepcopy(model)
     if any(".lora." in name for name, _ in twin.named_modules()):
         lora.remove(twin)
@@ -91,8 +118,6 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def adapted_twin(model: nn.Module, dtype: torch.dtype, **settings: Any) -> nn.Module:
     """`dense_twin` with an adapter of the same settings and values."""
-    import lora
-
     twin = lora.inject(dense_twin(model, dtype), **settings)
     own = trained(model)
     for name, parameter in trained(twin).items():

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from quantized_base import bnb, linear, llama
-from test_quantized import classes, inputs
+from quantized_base import bnb, classes, inputs, linear, llama
 
 
 class Odd(bnb.nn.Linear4bit):

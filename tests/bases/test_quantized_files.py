@@ -8,11 +8,8 @@ import pytest
 import torch
 
 import lora
-from conftest import tiny_llama
-from quantized_base import KINDS, SIZES, distance, llama
-from test_merge import unchanged
-from test_quantized import tokens
-from test_quantized_merge import adapted
+from conftest import tiny_llama, unchanged
+from quantized_base import KINDS, SIZES, adapted, distance, llama, tokens
 
 NAMES = {None: "bfloat16, not quantized", "nested nf4": "double-quantized nf4"}
 

@@ -15,30 +15,21 @@ from lora.layers.host import adapters_of, hosts
 from lora.ops.philox import inverse_keep, keep_mask
 from quantized_base import (
     KINDS,
+    TARGETS,
     adapted_twin,
     bnb,
+    classes,
     distance,
     gradients,
+    inputs,
     linear,
     llama,
     net,
+    tokens,
     values,
 )
 
-TARGETS = ["q_proj", "v_proj", "down_proj"]
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def tokens(rows: int = 2) -> Tensor:
-    return torch.randint(1, 97, (rows, 11), generator=torch.Generator().manual_seed(3))
-
-
-def inputs(dtype: torch.dtype = torch.bfloat16, rows: int = 9) -> Tensor:
-    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def classes(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules() if ".lora" not in name}
 
 
 @kinds

@@ -12,28 +12,29 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from conftest import randomize, same_bits, snapshot, tiny_gpt2
+from conftest import randomize, same_bits, snapshot, state_of, tiny_gpt2, unchanged
 from lora.files.header import CHECKSUM
 from lora.layers.host import adapters_of, hosts
 from lora.saving import read_tensors
-from quantized_base import KINDS, bnb, dense_twin, distance, linear, llama, net, values
-from test_merge import merge, state_of, unchanged, update64
-from test_quantized import TARGETS, classes, inputs, tokens
+from quantized_base import (
+    KINDS,
+    TARGETS,
+    adapted,
+    bnb,
+    classes,
+    dense_twin,
+    distance,
+    inputs,
+    linear,
+    llama,
+    net,
+    scaled,
+    tokens,
+    values,
+)
+from two_kinds import merge, update64
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def adapted(kind: str | None, dtype: torch.dtype = torch.bfloat16, ratio: float = 0.1, **settings: Any) -> Any:
-    """Each update has `ratio` of its weight's norm."""
-    model = lora.inject(llama(kind, dtype), **{"r": 4, "targets": TARGETS, **settings})
-    return scaled(randomize(model), ratio)
-
-
-def scaled(model: nn.Module, ratio: float) -> nn.Module:
-    for _, host, adapters in hosts(model):
-        part, weight = adapters["default"], adapters.frozen.dense(torch.float64)
-        part.B.data *= ratio * weight.norm() / update64(host).norm()
-    return model
 
 
 def sums(model: nn.Module) -> dict[str, Tensor]:
