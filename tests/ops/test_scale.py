@@ -125,3 +125,32 @@ def test_opcheck_compile_and_transforms(bias: bool) -> None:
     z, c, b = args
     through = torch.func.grad(lambda c: scale_output(z.detach(), c, b).sum())(c.detach())
     torch.testing.assert_close(through, z.detach().sum((0, 1)))
+
+
+# On the card.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(63, 341), (2, 3, 5, 64), (8192, 4096), (0, 12)], ids=str)
+def test_on_the_card(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+    args = problem(*shape, dtype=dtype, bias=bias, device="cuda")
+    got, again = (results(scale_output, args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    truth = results(composed, tuple(None if t is None else t.detach().double().requires_grad_() for t in args))
+    for mine, plain, exact in zip(got, results(composed, args), truth, strict=True):
+        floor = 2 * torch.finfo(dtype).eps * exact.norm()
+        assert (mine.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + floor
+    ones = torch.ones(shape[-1], device="cuda")
+    assert torch.equal(scale_output(args[0], ones, None), args[0])
+
+
+@pytest.mark.gpu
+def test_opcheck_and_compile_on_the_card() -> None:
+    args = problem(3, 7, 12, dtype=torch.bfloat16, device="cuda")
+    torch.library.opcheck(torch.ops.lora.scale_output, args)
+    for mine, eager in zip(
+        results(torch.compile(scale_output, fullgraph=True), args), results(scale_output, args), strict=True
+    ):
+        torch.testing.assert_close(mine, eager, rtol=2e-2, atol=2e-2)

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-call"
+# Some of torch's functions carry no types.
 """The norm of each row of W0 + s B A, without B A: what DoRA divides by (Liu et al., 2024, arXiv:2402.09353).
 
 With P the stacked A and Q the stacked s B,
@@ -28,7 +30,8 @@ def row_norms(
     """
     with torch.autocast(weight.device.type, enabled=False):
         if not pairs:
-            return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+            bare: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+            return bare
         P = torch.cat([A.to(dtype) for A, _, _ in pairs])  # (R, in)
         Q = torch.cat([B.to(dtype) * s for _, B, s in pairs], 1)  # (out, R)
         if weight.is_cuda and dtype == torch.float32 and weight.element_size() == 2:

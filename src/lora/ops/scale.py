@@ -8,13 +8,15 @@ Computed in fp32 (fp64 for fp64) and rounded once; c = 1 without a bias changes 
 dy, and no fp32 copy of either is made: plain torch goes by blocks of rows, `kernels/scale.py` converts in registers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import is_plain
-from .reference import gradient_dtype
+from .dequantize import has_triton
+from .reference import as_rows, gradient_dtype, has_matrix_units
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -45,7 +47,7 @@ def _formula(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _formula_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    products = (dy.to(gradient_dtype(z)) * z).reshape(-1, z.shape[-1])
+    products = _matrix(dy.to(gradient_dtype(z)) * z)
     return _formula(dy, scale, None), products.sum(0).to(scale.dtype)
 
 
@@ -60,7 +62,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         functions = (_formula, _formula_backward) if torch.is_grad_enabled() else (_run, _run_backward)
-        return _gradients(dy, *ctx.saved_tensors, ctx.needs_input_grad[2], *functions)
+        return _gradients(ctx, dy, *functions)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,24 +71,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    operators = torch.ops.lora.scale_output, torch.ops.lora.scale_output_backward
-    return _gradients(dy, *ctx.saved_tensors, ctx.needs_input_grad[2], *operators)
+    return _gradients(ctx, dy, torch.ops.lora.scale_output, torch.ops.lora.scale_output_backward)
 
 
-def _gradients(
-    dy: Tensor, z: Tensor | None, scale: Tensor, needs_bias: bool, forward: Any, backward: Any
-) -> tuple[Tensor | None, ...]:
-    """Of z, scale and bias; z is None where scale needs none, and dz = scale * dy is a forward pass then."""
+def _gradients(ctx: Any, dy: Tensor, forward: Any, backward: Any) -> tuple[Tensor | None, ...]:
+    """Of z, scale and bias; z is not there where scale needs no gradient, and dz = scale * dy is a forward pass then."""
+    z, scale = ctx.saved_tensors
     dz, dscale = (forward(dy, scale, None), None) if z is None else backward(dy, z, scale)
-    return dz, dscale, dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
+    return dz, dscale, _matrix(dy).sum(0) if ctx.needs_input_grad[2] else None
 
 
 # The operators on every device.
 
 
+def _in_triton(z: Tensor) -> bool:
+    return z.is_cuda and z.dtype != torch.float64 and has_triton() and has_matrix_units(z.device)
+
+
 def _run(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     c = scale.to(gradient_dtype(z))
+    if _in_triton(z):
+        from ..kernels.scale import scale_
+
+        with torch.cuda.device_of(z):
+            scale_(_matrix(y), as_rows(_matrix(z)), c.contiguous(), None if bias is None else bias.contiguous())
+        return y
     for block, out in zip(_blocks(z), _blocks(y), strict=True):
         wide = block * c
         out.copy_(wide if bias is None else wide.add_(bias))
@@ -97,16 +107,27 @@ def _run_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
     """(dz, dscale)"""
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     c = scale.to(gradient_dtype(z))
-    dscale = torch.zeros_like(c)
+    dscale = torch.zeros_like(c, memory_format=torch.contiguous_format)
+    if _in_triton(z):
+        from ..kernels.scale import scale_backward_
+
+        with torch.cuda.device_of(z):
+            scale_backward_(_matrix(dz), dscale, as_rows(_matrix(dy)), as_rows(_matrix(z)), c.contiguous())
+        return dz, dscale.to(scale.dtype)
     for each, block, out in zip(_blocks(dy), _blocks(z), _blocks(dz), strict=True):
         out.copy_(each * c)
         dscale += (each.to(c.dtype) * block).sum(0)
     return dz, dscale.to(scale.dtype)
 
 
-def _blocks(t: Tensor) -> tuple[Tensor, ...]:
+def _matrix(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
+def _blocks(t: Tensor) -> Sequence[Tensor]:
     """Consecutive rows of t (..., out), as matrices."""
-    return t.reshape(-1, t.shape[-1]).split(max(1, BLOCK // max(1, t.shape[-1])))
+    rows: Sequence[Tensor] = _matrix(t).split(max(1, BLOCK // max(1, t.shape[-1])))
+    return rows
 
 
 def _fake(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
