@@ -154,6 +154,25 @@ def test_product(silu: bool, dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(63, 341), (130, 1030), (5, 256), (1, 1), (0, 341)])
+def test_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from lora.kernels.scale import scale_, scale_backward_
+
+    rows, columns = shape
+    z, dy = (random(rows + i, columns + 9).to(dtype)[i:, 7:-2] for i in (0, 1))
+    c, bias = random(columns), random(columns, 1).to(dtype).view(-1)
+    assert close(scale_(poisoned(rows, columns, dtype=dtype), z, c, bias), z.double() * c.double() + bias.double())
+    assert torch.equal(scale_(poisoned(rows, columns, dtype=dtype), z, c, None), (z.float() * c).to(dtype))
+    assert torch.equal(scale_(poisoned(rows, columns, dtype=dtype), z, torch.ones(columns), None), z)
+    for programs in (0, 1, 40):
+        dz, dc = poisoned(rows, columns, dtype=dtype), poisoned(columns)
+        scale_backward_(dz, dc, dy, z, c, programs)
+        assert torch.equal(dz, (dy.float() * c).to(dtype))
+        assert close(dc, (dy.double() * z.double()).sum(0))
+
+
+@needs_interpreter
 def test_gemm_reads_a_slice_of_h() -> None:
     from lora.kernels.gemm import can_describe, gemm_
 

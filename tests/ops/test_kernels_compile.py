@@ -22,7 +22,14 @@ CARDS = {  # compute capability: KiB of shared memory a program may have, multip
     100: (227, 148),  # B200
     120: (99, 170),  # RTX 5090
 }
-POINTERS = {"seed_ptr": "*i64", "codes_ptr": "*i8", "code_ptr": "*fp32", "scales_ptr": "*fp32", "packed_ptr": "*i32"}
+POINTERS = {
+    "seed_ptr": "*i64",
+    "codes_ptr": "*i8",
+    "code_ptr": "*fp32",
+    "scales_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "packed_ptr": "*i32",
+}
 FLOATS = ("g_partial_ptr", "dB_partial_ptr", "dB_ptr", "partial_ptr", "absmax2_ptr", "code2_ptr", "offset_ptr")
 
 
@@ -133,6 +140,7 @@ def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
     from lora.kernels.masked_copy import dropped_kernel
     from lora.kernels.product import product_kernel
     from lora.kernels.reduce import reduce_kernel
+    from lora.kernels.scale import COLUMNS, ROWS, scale_backward_kernel, scale_kernel
 
     arch, memory = card
     for kernel, constants, warps in (
@@ -140,6 +148,8 @@ def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
         (dropped_kernel, {"EVEN": False, "BM": 16}, 4),
         (product_kernel, {"SILU": True, "BLOCK": 2048}, 4),
         (reduce_kernel, {"SCALED": True, "BLOCK": 256}, 2),
+        (scale_kernel, {"BIAS": True, "BM": ROWS, "BC": COLUMNS}, 4),
+        (scale_backward_kernel, {"BM": ROWS, "BC": COLUMNS}, 4),
         (dequantize_int8_kernel, {"COLUMNS": INT8["COLUMNS"]}, INT8["warps"]),
         (dequantize_4bit_kernel, {"BLOCK": 64, "NESTED": 256, "WORDS": FOUR_BIT["WORDS"], "EVEN": True}, 4),
     ):

@@ -100,20 +100,20 @@ def reference_backward(
 
 
 @functools.cache
-def _has_matrix_units(device: torch.device) -> bool:
+def has_matrix_units(device: torch.device) -> bool:
     """Whether the GPU is an Ampere or later; for older ones the plain-torch form is as good, on cuBLAS."""
     return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _in_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.element_size() == 2 and has_triton() and _has_matrix_units(x.device)
+    return x.is_cuda and x.element_size() == 2 and has_triton() and has_matrix_units(x.device)
 
 
 def _dropout_numbers(dropout: float, seed: Tensor | None) -> tuple[float, Tensor | None, int]:
     return (1.0, None, 0) if seed is None else (inverse_keep(dropout), seed, threshold(dropout))
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """As the kernels read it: unit column stride, rows apart by at least their length."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
@@ -124,7 +124,7 @@ def hidden(x: Tensor, A_cast: Tensor, scales: Tensor, dropout: float, seed: Tens
     from ..kernels import linear
 
     with torch.cuda.device_of(x):
-        return linear.hidden(_rows(x), A_cast, scales, *_dropout_numbers(dropout, seed))
+        return linear.hidden(as_rows(x), A_cast, scales, *_dropout_numbers(dropout, seed))
 
 
 def products(
@@ -135,7 +135,7 @@ def products(
     from ..kernels import linear
 
     with torch.cuda.device_of(x):
-        return linear.products(_rows(x), h, matrices, biases, B_cast)
+        return linear.products(as_rows(x), h, matrices, biases, B_cast)
 
 
 def backward(
@@ -149,6 +149,6 @@ def backward(
 
     with torch.cuda.device_of(x):
         return linear.backward(
-            [_rows(dy) for dy in dys], _rows(x), factor, silu, h, matrices, A_cast, B_cast, scales,
+            [as_rows(dy) for dy in dys], as_rows(x), factor, silu, h, matrices, A_cast, B_cast, scales,
             *_dropout_numbers(dropout, seed), needs_dx,
         )  # fmt: skip

@@ -1,0 +1,51 @@
+# mypy: disable-error-code="no-untyped-call"
+# Some of torch's functions carry no types.
+"""The norm of each row of W0 + s B A, without B A: what DoRA divides by (Liu et al., 2024, arXiv:2402.09353).
+
+With P the stacked A and Q the stacked s B,
+
+    ||W0 + Q P||^2 = ||W0||^2 + ((2 W0 P^T + Q (P P^T)) . Q)        by row, "." a sum of products over the ranks
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**20  # elements of W0 that are in the wide dtype at a time
+
+
+@torch.no_grad()
+def row_norms(
+    weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """||W0 + sum of s B A|| by row, (out,) in `dtype`; no gradient.
+
+    A GPU reads a 16-bit W0 as it is, with P in its dtype and fp32 sums; elsewhere, and in float64, W0 is widened by
+    blocks of rows.
+
+    Args:
+        weight: W0 (out, in), any float dtype; pairs: A (r, in), B (out, r) and s, none or many; dtype: what is computed
+            in, float32 or float64.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        if not pairs:
+            bare: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+            return bare
+        P = torch.cat([A.to(dtype) for A, _, _ in pairs])  # (R, in)
+        Q = torch.cat([B.to(dtype) * s for _, B, s in pairs], 1)  # (out, R)
+        if weight.is_cuda and dtype == torch.float32 and weight.element_size() == 2:
+            squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
+            return _with_update(squares, torch.mm(weight, P.t().to(weight.dtype), out_dtype=dtype), P, Q)
+        rows = max(1, BLOCK // weight.shape[1])
+        norms = []
+        for block, q in zip(weight.split(rows), Q.split(rows), strict=True):
+            wide = block.to(dtype)
+            norms.append(_with_update(torch.linalg.vector_norm(wide, dim=1).square_(), wide @ P.t(), P, q))
+        return torch.cat(norms)
+
+
+def _with_update(squares: Tensor, cross: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """The norms (n,) from ||W0||^2 (n,), W0 P^T (n, R) and the update's factors; rounding may leave less than 0."""
+    update = torch.addmm(cross, Q, P @ P.t(), beta=2).mul_(Q).sum(1)
+    return squares.add_(update).clamp_(min=0).sqrt_()
