@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .bases.weight import weight_of
+from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
-from .layers.host import adapters_of, base_modules, original_class
+from .layers import Kind, base_modules, kind_of, supported
+from .layers.called import check_called
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -26,22 +27,6 @@ ATTENTION_NAMES = (
     ["in_proj"],
     ["qkv"],
 )
-SUPPORTED = "supported are nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit and Linear8bitLt"
-KNOWN_CLASSES = ("Conv1D", "Linear4bit", "Linear8bitLt")
-OTHER_QUANTIZERS = {  # by the package that the module or its weight comes from
-    "gptqmodel": "GPTQ",
-    "auto_gptq": "GPTQ",
-    "awq": "AWQ",
-    "hqq": "HQQ",
-    "torchao": "torchao",
-    "optimum.quanto": "quanto",
-    "aqlm": "AQLM",
-    "vptq": "VPTQ",
-    "eetq": "EETQ",
-    "auto_round": "AutoRound",
-    "compressed_tensors": "compressed-tensors",
-    "transformers.integrations": "a transformers integration",
-}
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 
@@ -54,23 +39,24 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         LoraError: a target, exclude, layer or pattern that fits nothing, or a target that is no linear map.
     """
     modules = dict(base_modules(model, every_name=True))
-    linear = {name: module for name, module in modules.items() if name and weight_of(module) is not None}
-    if not linear:
+    kinds = {name: kind for name, module in modules.items() if name and (kind := kind_of(module)) is not None}
+    if not kinds:
         raise LoraError(
-            f"model: {type(model).__name__} has no linear inside it to adapt; {SUPPORTED}{_any_other(modules)}"
+            f"model: {type(model).__name__} has no module inside it to adapt; {supported()}{_any_other(modules)}"
         )
-    candidates = _matching(model, config, modules, linear, loading)
+    candidates = _matching(model, config, modules, kinds, loading)
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {
-        first_names[linear[name]]: linear[name]
+        first_names[modules[name]]: modules[name]
         for name in candidates
         if not matches(config.exclude, name) and _in_layers(config.layers, name) and not _within(config.train, name)
     }
     for name, module in chosen.items():
-        check_linear(model, name, module)
+        check_called(model, "targets", name)
+        kinds[name].check(model, name, module)
     if loading:
         return chosen
-    _check_skipped(model, config, modules, linear)
+    _check_skipped(model, config, modules, kinds)
     _check_filters(config, candidates, modules)
     if not chosen:
         raise LoraError(
@@ -97,105 +83,46 @@ def default_targets(linear: Iterable[str], hint: str = "") -> list[str]:
     )
 
 
-def check_called(model: nn.Module, argument: str, name: str) -> None:
-    """Refuse a module whose parent reads its weight instead of calling it: an adapter there would do nothing."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise LoraError(
-            f"{argument}: {name!r} is inside nn.MultiheadAttention, which reads its weight and never calls it, so an "
-            "adapter there would do nothing; leave it out with exclude=[...]"
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise LoraError(
-            f"{argument}: {name!r} is inside nn.TransformerEncoderLayer, whose fast path reads its weight and does not "
-            "call it in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-
-
-def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse a linear whose own forward would not be what the library takes it for, or would never be called."""
-    check_called(model, "targets", name)
-    kind: Any = original_class(module) if (own := adapters_of(module)) is None else own.original
-    plain = next((c for c in kind.__mro__ if c is nn.Linear or c.__qualname__ in KNOWN_CLASSES), nn.Linear)
-    if kind.forward is not plain.forward:
-        raise LoraError(
-            f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
-            f"{SUPPORTED}, and subclasses that keep their forward{_other_quantizer(module)}"
-        )
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise LoraError(
-            f"targets: the weight of {name!r} is computed from other parameters (weight_norm, a parametrization), so "
-            "nothing can be merged into it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
-        )
-    if is_lazy(weight):
-        raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
-    if other := _other_quantizer(module):
-        raise LoraError(f"targets: {name!r} cannot be adapted; {SUPPORTED}{other}")
-    frozen = weight_of(module)
-    if frozen is not None and frozen.quantization is not None:
-        frozen.stored()  # raises where nothing is quantized yet
-    elif not weight.is_floating_point() or weight.element_size() < 2:
-        raise LoraError(f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more")
-    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-        raise LoraError(
-            f"targets: {name!r} has had its forward replaced on the instance, and an adapter would be passed by; "
-            "inject before whatever replaces it"
-        )
-
-
-def _other_quantizer(module: nn.Module) -> str:
-    """The words for a module that another quantizer made; "" for any other."""
-    kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
-    for package, name in OTHER_QUANTIZERS.items():
-        if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
-            return (
-                f". This one is quantized by {name}, which is not supported: load the model in 16 bits, or with "
-                "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
-            )
-    return ""
-
-
 def _check_skipped(
-    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], linear: dict[str, nn.Module]
+    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]]
 ) -> None:
     """Refuse a linear that targets means and that another quantizer made, which would be skipped without a word."""
     heads = output_heads(model)
     for name, module in modules.items():
-        if name in linear or next(module.children(), None) is not None or "linear" not in type(module).__name__.lower():
+        if name in kinds or next(module.children(), None) is not None or "linear" not in type(module).__name__.lower():
             continue
         if matches(config.exclude, name) or not _in_layers(config.layers, name) or _within(config.train, name):
             continue
         if config.targets == "all-linear":
             meant = not _within(heads, name)
         else:
-            meant = matches(config.targets or default_targets(linear), name)
-        if meant and (other := _other_quantizer(module)):
-            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {SUPPORTED}{other}, or exclude it")
+            meant = matches(config.targets or default_targets(_linears(kinds)), name)
+        if meant and (other := other_quantizer(module)):
+            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
 
 
 def _any_other(modules: dict[str, nn.Module]) -> str:
     """The words for the first module that another quantizer made."""
-    return next((text for module in modules.values() if (text := _other_quantizer(module))), "")
+    return next((text for module in modules.values() if (text := other_quantizer(module))), "")
 
 
 def _matching(
     model: nn.Module,
     config: LoraConfig,
     modules: dict[str, nn.Module],
-    linear: dict[str, nn.Module],
+    kinds: dict[str, type[Kind]],
     loading: bool,
 ) -> list[str]:
     targets = config.targets
     if targets == "all-linear":
         heads = output_heads(model)
-        return [name for name in linear if not _within(heads, name)]
+        return [name for name in _linears(kinds) if not _within(heads, name)]
     if isinstance(targets, str):
-        found = [name for name in linear if matches(targets, name)]
+        found = [name for name in kinds if matches(targets, name)]
         if not found and not loading:
             raise LoraError(
-                f"targets: the regular expression {targets!r} fits no linear module's full name "
-                f"(it is matched against the whole{near(targets, linear)}); a list, [{targets!r}], matches the ends"
+                f"targets: the regular expression {targets!r} fits no adaptable module's full name "
+                f"(it is matched against the whole{near(targets, kinds)}); a list, [{targets!r}], matches the ends"
                 f"{_any_other(modules)}"
             )
         return found
@@ -203,16 +130,21 @@ def _matching(
         fits = [name for name in modules if matches([target], name)]
         if not fits:
             raise LoraError(
-                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(linear))}"
+                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(kinds))}"
             )
         for name in fits:
-            if name not in linear:
+            if name not in kinds:
                 kind = type(modules[name])
                 raise LoraError(
-                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {SUPPORTED}"
-                    f"{_other_quantizer(modules[name])}{_inside(name, linear)}"
+                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {supported()}"
+                    f"{other_quantizer(modules[name])}{_inside(name, kinds)}"
                 )
-    return [name for name in linear if matches(targets or default_targets(linear, _any_other(modules)), name)]
+    return [name for name in kinds if matches(targets or default_targets(_linears(kinds), _any_other(modules)), name)]
+
+
+def _linears(kinds: dict[str, type[Kind]]) -> list[str]:
+    """What "all-linear" and the default mean."""
+    return [name for name, kind in kinds.items() if kind.all_linear]
 
 
 def output_heads(model: nn.Module) -> list[str]:

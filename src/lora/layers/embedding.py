@@ -12,7 +12,7 @@ from torch.nn.functional import dropout, embedding
 
 from ..errors import LoraError
 from ..ops import as_dtype, scale_output
-from .host import LoraLayer, adapters_of, original_class
+from .host import LoraLayer
 from .kind import register
 from .matrix import MatrixKind, apart
 
@@ -47,27 +47,16 @@ class EmbeddingAdapters(MatrixKind):
 
     layer = LoraEmbedding
     role = "embedding"
-    supports = "nn.Embedding"
     keys = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
     zero = "A"
 
     @classmethod
     def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:
-        found = adapters_of(module)
-        kind: Any = original_class(module) if found is None else found.original
-        if kind.forward is not nn.Embedding.forward:
-            raise LoraError(
-                f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, an embedding with a forward of its own; "
-                "supported are nn.Embedding, and subclasses that keep its forward; train=[...] trains it whole"
-            )
+        super().check(model, name, module)
         if module.max_norm is not None:
             raise LoraError(
                 f"targets: {name!r} has max_norm={module.max_norm}, which rewrites the frozen table in each forward "
                 "pass; set it to None, or leave it out"
-            )
-        if not module.weight.is_floating_point() or module.weight.element_size() < 2:  # type: ignore[union-attr,operator]
-            raise LoraError(
-                f"targets: the weight of {name!r} is {module.weight.dtype}; supported are floats of 16 bits or more"
             )
 
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import bases
 from ..bases import FrozenWeight
 from ..config import LoraConfig
 from ..errors import LoraError
@@ -38,7 +39,7 @@ class Line(NamedTuple):
 class Kind(Adapters):
     """The adapters of one host, and what is true of every host of its kind."""
 
-    supports: ClassVar[str] = ""  # the classes it takes, as errors list them; "" where targets pick none
+    supports: ClassVar[str] = ""  # the classes it takes, in words, where no frozen weight's format names them
     all_linear: ClassVar[bool] = False  # whether targets="all-linear" means its modules
     weight_is_seen: ClassVar[bool] = False  # whether who reads host.weight, and does not call the host, sees what acts
     group: Any = None  # the hosts that are computed together with this one, where there are any
@@ -170,8 +171,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
 
 def supported() -> str:
     """The classes that targets may pick, for errors."""
-    known = [kind.supports for kind in reversed(KINDS) if kind.supports]
-    return f"supported are {', '.join(known)}"
+    return "; ".join([bases.supported(), *(kind.supports for kind in KINDS if kind.supports)])
 
 
 def refuse_stranger(argument: str, name: str, module: nn.Module, kind: type[Kind]) -> None:

@@ -1,19 +1,20 @@
 """What hosts have in common whose operation is one frozen matrix W0 (out, in), read through a `FrozenWeight`."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..bases import FrozenWeight, weight_of
+from ..bases import FrozenWeight, keeps_forward, other_quantizer, weight_of
 from ..config import LoraConfig
 from ..errors import LoraError
 from ..exact import DenseUndo, How, MergedModule, Replaced, check_into, merge_dense, merge_replaced, unmerge_dense, unmerge_replaced
 from ..ops import scale_output
 from ..updates import Pair, Start, Update, update_named
 from .frozen import FrozenLinear
-from .host import refresh
-from .kind import Kind, Line, Part, kind_of, refuse_stranger
+from .host import adapters_of, original_class, refresh
+from .kind import Kind, Line, Part, kind_of, refuse_stranger, supported
 
 
 class MatrixKind(Kind):
@@ -45,6 +46,41 @@ class MatrixKind(Kind):
     @classmethod
     def weight(cls, host: nn.Module) -> FrozenWeight | None:
         return weight_of(host, cls.role)
+
+    @classmethod
+    def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:
+        """Refuse a module whose forward would not be what the library takes it for, or whose weight cannot be used."""
+        found = adapters_of(module)
+        kind: Any = original_class(module) if found is None else found.original
+        if not keeps_forward(kind, cls.role):
+            raise LoraError(
+                f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
+                f"{supported()}, and subclasses that keep their forward{other_quantizer(module)}"
+            )
+        frozen = cls.weight(module)
+        assert frozen is not None
+        plain = frozen.quantization is None
+        weight: Any = module._parameters.get("weight")
+        if plain and weight is None:
+            raise LoraError(
+                f"targets: the weight of {name!r} is computed from other parameters (weight_norm, a parametrization), "
+                "so nothing can be merged into it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain "
+                "one"
+            )
+        if plain and is_lazy(weight):
+            raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
+        if other := other_quantizer(module):
+            raise LoraError(f"targets: {name!r} cannot be adapted; {supported()}{other}")
+        frozen.check()
+        if plain and (not weight.is_floating_point() or weight.element_size() < 2):
+            raise LoraError(
+                f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more"
+            )
+        if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+            raise LoraError(
+                f"targets: {name!r} has had its forward replaced on the instance, and an adapter would be passed by; "
+                "inject before whatever replaces it"
+            )
 
     @classmethod
     def parts(
