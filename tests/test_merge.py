@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
-from lora.bases.weight import Dense
+from lora.bases.dense import Dense
 from lora.layers.host import adapters_of, hosts
 
 TRAINED = Path(__file__).parents[1] / "examples" / "tiny-llama-8m"

@@ -14,7 +14,7 @@ from test_merge import unchanged
 from test_quantized import tokens
 from test_quantized_merge import adapted
 
-NAMES = {None: "bfloat16, not quantized", "nested nf4": "double-quantized nf4"}
+NAMES = {None: "bfloat16, not quantized", "nested nf4": "double-quantised nf4"}
 
 
 @pytest.mark.parametrize("there", [None, *KINDS])

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bases.quantizer import allow_training
-from .bases.weight import weight_of
+from .bases.model import allow_training
+from .bases.others import TO_SKIP
+from .bases.weight import is_quantized, weight_of
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters
-from .layers.frozen import FrozenLinear, is_quantized, settle
+from .layers.frozen import FrozenLinear, settle
 from .layers.groups import form_groups
 from .layers.host import acting_class, adapters_of, attach, base_modules, hosts, original_class, take_class
 from .resident import activate_all, check_root, resident, unwrap
@@ -115,7 +116,7 @@ def whole_parts(
             ):
                 raise LoraError(
                     f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
-                    "with it in BitsAndBytesConfig(llm_int8_skip_modules=[...])"
+                    f"with it in {TO_SKIP}"
                 )
             if not whole[name]:
                 raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")

@@ -8,13 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases.quantizer import forget_quantization, model_dtype
-from .bases.weight import Dense
+from .bases.dense import Dense
+from .bases.model import forget_quantization, into_names
 from .errors import LoraError, LoraWarning
 from .exact.checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
 from .exact.patch import Digest, LinearUndo, Patch, row_blocks
-from .exact.replaced import INTO, Replaced, check_into, check_unchanged, leave, merge_quantized, put_back
+from .exact.replaced import Replaced, check_into, check_unchanged, leave, merge_quantized, put_back
 from .layers import LinearAdapters, WholeAdapters
+from .layers.frozen import model_dtype
 from .layers.host import hosts, refresh
 from .ops import low_rank_product, summed_bias
 from .report import MergedModule, MergeReport
@@ -59,8 +60,8 @@ def merge(
         raise LoraError(
             f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
         )
-    if into is not None and into not in INTO:
-        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, INTO))}")
+    if into is not None and into not in into_names():
+        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, into_names()))}")
     idle = [name for name in resident(root) if name not in names]
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")

@@ -8,20 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bases.quantizer import model_dtype
-from .bases.weight import weight_of
+from .bases.weight import is_quantized, weight_of
 from .errors import LoraError
 from .layers import Adapters, LinearAdapters, LowRank
-from .layers.frozen import is_quantized
+from .layers.frozen import model_dtype
 from .layers.groups import why_not
 from .layers.host import base_modules, hosts
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
-
-INT8_NOTE = (
-    "int8: training multiplies by the dequantized weights and never quantizes activations; in eval mode without "
-    "gradients bitsandbytes' LLM.int8() runs"
-)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -66,7 +60,7 @@ class Summary:
     merged: bool
     groups: int
     prepared: str = ""
-    int8: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -93,7 +87,7 @@ class Summary:
             + f"\ntrainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4f} %), "
             + f"{self.bytes / 2**20:,.2f} MiB; {state}{groups}"
             + (f"\nprepared: {self.prepared}" if self.prepared else "")
-            + (f"\n{INT8_NOTE}" if self.int8 else "")
+            + "".join(f"\n{note}" for note in self.notes)
         )
 
 
@@ -176,7 +170,7 @@ def summary(model: nn.Module) -> Summary:
         acting=acting(root),
         merged=is_merged(root),
         prepared=prepared(root),
-        int8=any(a.frozen.quantization == "int8" for _, _, a in hosts(root, LinearAdapters)),
+        notes=tuple(dict.fromkeys(a.frozen.note for _, _, a in hosts(root, LinearAdapters) if a.frozen.note)),
         groups=len({id(a.group) for _, _, a in hosts(root, LinearAdapters) if a.group is not None}),
     )
 
@@ -201,7 +195,7 @@ def _path(host: nn.Module, adapters: Adapters, adapter: str, plain: torch.dtype 
     if not isinstance(adapters, LinearAdapters):
         return "own copy"
     frozen = adapters.frozen
-    dtype = plain if plain is not None and frozen.quantization == "int8" else frozen.dtype  # int8 computes in x's
+    dtype = plain if plain is not None and adapters.quantized else frozen.dtype  # those may compute in x's
     reason = why_not(host, torch.empty(0, dtype=dtype, device=frozen.parameter.device))
     over = f" over {adapters.frozen.quantization}" if adapters.quantized else ""
     if reason is not None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .bases.weight import weight_of
+from .bases.others import other_quantizer
+from .bases.weight import keeps_forward, supported, weight_of
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
 from .layers.host import adapters_of, base_modules, original_class
@@ -26,22 +27,6 @@ ATTENTION_NAMES = (
     ["in_proj"],
     ["qkv"],
 )
-SUPPORTED = "supported are nn.Linear, transformers' Conv1D and bitsandbytes' Linear4bit and Linear8bitLt"
-KNOWN_CLASSES = ("Conv1D", "Linear4bit", "Linear8bitLt")
-OTHER_QUANTIZERS = {  # by the package that the module or its weight comes from
-    "gptqmodel": "GPTQ",
-    "auto_gptq": "GPTQ",
-    "awq": "AWQ",
-    "hqq": "HQQ",
-    "torchao": "torchao",
-    "optimum.quanto": "quanto",
-    "aqlm": "AQLM",
-    "vptq": "VPTQ",
-    "eetq": "EETQ",
-    "auto_round": "AutoRound",
-    "compressed_tensors": "compressed-tensors",
-    "transformers.integrations": "a transformers integration",
-}
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 
@@ -57,7 +42,7 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     linear = {name: module for name, module in modules.items() if name and weight_of(module) is not None}
     if not linear:
         raise LoraError(
-            f"model: {type(model).__name__} has no linear inside it to adapt; {SUPPORTED}{_any_other(modules)}"
+            f"model: {type(model).__name__} has no linear inside it to adapt; {supported()}{_any_other(modules)}"
         )
     candidates = _matching(model, config, modules, linear, loading)
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
@@ -116,44 +101,32 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> None:
     """Refuse a linear whose own forward would not be what the library takes it for, or would never be called."""
     check_called(model, "targets", name)
     kind: Any = original_class(module) if (own := adapters_of(module)) is None else own.original
-    plain = next((c for c in kind.__mro__ if c is nn.Linear or c.__qualname__ in KNOWN_CLASSES), nn.Linear)
-    if kind.forward is not plain.forward:
+    if not keeps_forward(kind):
         raise LoraError(
             f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
-            f"{SUPPORTED}, and subclasses that keep their forward{_other_quantizer(module)}"
+            f"{supported()}, and subclasses that keep their forward{other_quantizer(module)}"
         )
-    weight = module._parameters.get("weight")
-    if weight is None:
+    frozen = weight_of(module)
+    assert frozen is not None
+    plain = frozen.quantization is None
+    weight: Any = module._parameters.get("weight")
+    if plain and weight is None:
         raise LoraError(
             f"targets: the weight of {name!r} is computed from other parameters (weight_norm, a parametrization), so "
             "nothing can be merged into it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
         )
-    if is_lazy(weight):
+    if plain and is_lazy(weight):
         raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")
-    if other := _other_quantizer(module):
-        raise LoraError(f"targets: {name!r} cannot be adapted; {SUPPORTED}{other}")
-    frozen = weight_of(module)
-    if frozen is not None and frozen.quantization is not None:
-        frozen.stored()  # raises where nothing is quantized yet
-    elif not weight.is_floating_point() or weight.element_size() < 2:
+    if other := other_quantizer(module):
+        raise LoraError(f"targets: {name!r} cannot be adapted; {supported()}{other}")
+    frozen.check()
+    if plain and (not weight.is_floating_point() or weight.element_size() < 2):
         raise LoraError(f"targets: the weight of {name!r} is {weight.dtype}; supported are floats of 16 bits or more")
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise LoraError(
             f"targets: {name!r} has had its forward replaced on the instance, and an adapter would be passed by; "
             "inject before whatever replaces it"
         )
-
-
-def _other_quantizer(module: nn.Module) -> str:
-    """The words for a module that another quantizer made; "" for any other."""
-    kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
-    for package, name in OTHER_QUANTIZERS.items():
-        if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
-            return (
-                f". This one is quantized by {name}, which is not supported: load the model in 16 bits, or with "
-                "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
-            )
-    return ""
 
 
 def _check_skipped(
@@ -170,13 +143,13 @@ def _check_skipped(
             meant = not _within(heads, name)
         else:
             meant = matches(config.targets or default_targets(linear), name)
-        if meant and (other := _other_quantizer(module)):
-            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {SUPPORTED}{other}, or exclude it")
+        if meant and (other := other_quantizer(module)):
+            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
 
 
 def _any_other(modules: dict[str, nn.Module]) -> str:
     """The words for the first module that another quantizer made."""
-    return next((text for module in modules.values() if (text := _other_quantizer(module))), "")
+    return next((text for module in modules.values() if (text := other_quantizer(module))), "")
 
 
 def _matching(
@@ -209,8 +182,8 @@ def _matching(
             if name not in linear:
                 kind = type(modules[name])
                 raise LoraError(
-                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {SUPPORTED}"
-                    f"{_other_quantizer(modules[name])}{_inside(name, linear)}"
+                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {supported()}"
+                    f"{other_quantizer(modules[name])}{_inside(name, linear)}"
                 )
     return [name for name in linear if matches(targets or default_targets(linear, _any_other(modules)), name)]
 

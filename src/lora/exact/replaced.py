@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.bitsandbytes import Quantized
-from ..bases.weight import FrozenWeight
+from ..bases.weight import FrozenWeight, Quantized
 from ..errors import LoraError, LoraWarning
 from ..layers import LinearAdapters
 from ..ops import summed_bias
@@ -20,7 +19,6 @@ from ..report import MergedModule
 from .checks import changed, kept_and_noise, moments, refuse_overflow
 from .patch import Digest
 
-INTO = ("nf4", "fp4", "int8")
 BLOCK = 1 << 22  # elements of a checksum at a time
 
 
@@ -78,16 +76,17 @@ def check_unchanged(name: str, host: nn.Module, adapters: LinearAdapters) -> Non
 
 def check_into(name: str, host: nn.Module, adapters: LinearAdapters, into: str | None) -> None:
     """Refuse what this host's weight cannot be merged into."""
-    kind = adapters.frozen.quantization
-    if kind is not None and into not in (None, kind):
-        raise LoraError(
-            f"into: got {into!r}, but the weight of {name!r} is {kind}; allowed are {kind!r} and None (a 16-bit layer)"
-        )
-    if kind is not None and into is None and getattr(host, "source_cls", nn.Linear).__name__ == "Conv1D":
-        raise LoraError(
-            f"model: {name!r} was a Conv1D before it was quantized, whose weight lies the other way round, so a 16-bit "
-            f"linear in its place would be saved wrong; use into={kind!r}, or merge into the base loaded in 16 bits"
-        )
+    frozen = adapters.frozen
+    if not isinstance(frozen, Quantized):
+        return
+    kind = frozen.quantization
+    again = kind if kind in frozen.into else None
+    if into not in (None, again):
+        allowed = "None (a 16-bit layer)" if again is None else f"{again!r} and None (a 16-bit layer)"
+        raise LoraError(f"into: got {into!r}, but the weight of {name!r} is {kind}; allowed are {allowed}")
+    if into is None and (why := frozen.why_not_plain()):
+        instead = "" if again is None else f"use into={again!r}, or "
+        raise LoraError(f"model: {name!r} {why}; {instead}merge into the base loaded in 16 bits")
 
 
 @torch.no_grad()

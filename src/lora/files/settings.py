@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.weight import is_conv1d
+from ..bases.dense import is_conv1d
 from ..config import LoraConfig, matches
 from ..errors import LoraError
 from ..layers.host import Adapter, base_modules

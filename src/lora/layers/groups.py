@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops import add_updates_, as_dtype, summed_bias
 from ..ops.dequantize import has_triton
 from ..ops.operator import fused_linear
-from .frozen import by_bitsandbytes, frozen_product
+from .frozen import frozen_product
 from .host import adapters_of
 
 SHARED_INPUT = (
@@ -123,7 +123,7 @@ def why_not(host: nn.Module, x: Tensor) -> str | None:
 
 def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:
     """The fused result, or None where the host does not run fused; over a quantized weight always a result."""
-    if adapters.quantized and by_bitsandbytes(host, adapters.frozen, x):
+    if adapters.quantized and adapters.frozen.runs_own_forward(x):
         return separate(host, adapters, x)
     if why_not(host, x) is not None:
         if not adapters.quantized:
@@ -172,7 +172,7 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
         return False
     if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
         return False
-    if its.quantized and by_bitsandbytes(member, its.frozen, x):
+    if its.quantized and its.frozen.runs_own_forward(x):
         return False
     if its.quantized != mine.quantized or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):
         return False

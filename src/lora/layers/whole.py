@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from .frozen import FrozenLinear, is_quantized
+from ..bases.weight import is_quantized
+from .frozen import FrozenLinear
 from .host import Adapters, LoraLayer
 
 
