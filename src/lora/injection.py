@@ -8,9 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bases.model import allow_training
-from .bases.others import TO_SKIP
-from .bases.weight import is_quantized, weight_of
+from .bases import TO_SKIP, allow_training, is_quantized, weight_of
 from .config import LoraConfig, check_name, matches
 from .errors import LoraError, LoraWarning, near
 from .layers import Adapter, Adapters, LinearAdapters, LowRank, Whole, WholeAdapters

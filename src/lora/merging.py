@@ -8,8 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases.dense import Dense
-from .bases.model import forget_quantization, into_names
+from .bases import Dense, forget_quantization, into_names
 from .errors import LoraError, LoraWarning
 from .exact.checks import Place, changed, check_finite, check_places, kept_and_noise, moments, refuse_overflow
 from .exact.patch import Digest, LinearUndo, Patch, row_blocks

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases.weight import is_quantized, weight_of
+from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers import LowRank
 from .layers.frozen import model_dtype

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bases.weight import is_quantized, weight_of
+from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers import Adapters, LinearAdapters, LowRank
 from .layers.frozen import model_dtype

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .bases.model import allow_training
+from .bases import allow_training
 from .errors import LoraError
 from .layers.frozen import settle
 from .layers.host import Adapter, activate, detach, hosts

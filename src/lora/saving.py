@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import disabled
-from .bases.weight import FrozenWeight, weight_of
+from .bases import FrozenWeight, weight_of
 from .config import check_name
 from .errors import LoraError, LoraWarning, near
 from .files.commit import replaced_together

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .bases.others import other_quantizer
-from .bases.weight import keeps_forward, supported, weight_of
+from .bases import keeps_forward, other_quantizer, supported, weight_of
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
 from .layers.host import adapters_of, base_modules, original_class

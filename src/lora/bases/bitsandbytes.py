@@ -25,14 +25,14 @@ class BitsAndBytes(Quantized):
 
     package = "bitsandbytes"
 
-    def runs_own_forward(self, x: Tensor) -> bool:
+    def runs_own_forward(self, host: nn.Module, x: Tensor) -> bool:
         # Not in training mode even without gradients: reentrant checkpointing runs so at first.
-        return not (torch.is_grad_enabled() or self.module.training)
+        return not (torch.is_grad_enabled() or host.training)
 
-    def own_forward(self, original: type[nn.Module], x: Tensor) -> Tensor:
-        bias = self.module._parameters["bias"]
+    def own_forward(self, host: nn.Module, original: type[nn.Module], x: Tensor) -> Tensor:
+        bias = host._parameters["bias"]
         kept = None if bias is None else bias.data
-        y = super().own_forward(original, x)
+        y = super().own_forward(host, original, x)
         if bias is not None and kept is not None and bias.dtype != kept.dtype:
             bias.data = kept  # bitsandbytes casts it to x's dtype in place
         return y

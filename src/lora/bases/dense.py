@@ -1,7 +1,7 @@
 """Weights that are plain matrices: nn.Linear's, and transformers' Conv1D's, which lies the other way round."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .weight import FrozenWeight, Stored
 
@@ -39,10 +39,7 @@ class Transposed(Dense):
     """transformers' Conv1D (GPT-2): stored as (in, out)."""
 
     package, classes = "transformers.pytorch_utils", ("Conv1D",)
+    transposed = True
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return super().dense(dtype).t()
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    return Transposed.takes(type(module))

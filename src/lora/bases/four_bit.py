@@ -146,9 +146,9 @@ class FourBit(BitsAndBytes):
         block = "" if state.blocksize == USUAL_BLOCK else f" in blocks of {state.blocksize}"
         return f"{'' if state.state2 is None else 'double-quantised '}{state.quant_type}{block}"
 
-    def runs_own_forward(self, x: Tensor) -> bool:
+    def runs_own_forward(self, host: nn.Module, x: Tensor) -> bool:
         # On a CPU it would repack the weight in place and round the scales.
-        return x.is_cuda and x.numel() <= FEW * x.shape[-1] and super().runs_own_forward(x)
+        return x.is_cuda and x.numel() <= FEW * x.shape[-1] and super().runs_own_forward(host, x)
 
     def attributes(self) -> dict[str, Any]:
         return {"quant_state": self.module.quant_state}

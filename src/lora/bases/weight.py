@@ -26,8 +26,10 @@ class FrozenWeight(ABC):
     without an adapter makes one at each call.
     """
 
+    role: ClassVar[str] = "linear"  # what the module computes with it: the kind of host that may adapt it
     package: ClassVar[str]  # from which these classes come; told by name, so that nothing has to be imported
     classes: ClassVar[tuple[str, ...]]
+    transposed: ClassVar[bool] = False  # stored as (in, out), which PEFT's files tell of
     quantization: str | None = None  # a short name such as "nf4"; None for a plain matrix
     note: ClassVar[str | None] = None  # what a summary says of a model with such weights
 
@@ -92,13 +94,13 @@ class FrozenWeight(ABC):
     def check(self) -> None:
         """Raises `LoraError` where the weight cannot be used as it is, such as one that is not quantized yet."""
 
-    def runs_own_forward(self, x: Tensor) -> bool:
-        """Whether the product with x is left to the forward of the module's own class."""
+    def runs_own_forward(self, host: nn.Module, x: Tensor) -> bool:
+        """Whether the product with x is left to the forward of the host's own class."""
         return False
 
-    def own_forward(self, original: type[nn.Module], x: Tensor) -> Tensor:
-        """That product; `original`: the module's class without adapters."""
-        y: Tensor = original.forward(self.module, x)
+    def own_forward(self, host: nn.Module, original: type[nn.Module], x: Tensor) -> Tensor:
+        """That product; `original`: the host's class without adapters."""
+        y: Tensor = original.forward(host, x)
         return y
 
     # What a model with such weights needs of others: for every registered format, whether the model has one or not.
@@ -198,14 +200,14 @@ def kinds() -> tuple[type[FrozenWeight], ...]:
     return tuple(_KINDS)
 
 
-def weight_kind(module_class: type[nn.Module]) -> type[FrozenWeight] | None:
-    """The format of the modules of a class, or None where no format takes it."""
-    return next((kind for kind in reversed(_KINDS) if kind.takes(module_class)), None)
+def weight_kind(module_class: type[nn.Module], role: str = "linear") -> type[FrozenWeight] | None:
+    """The format of the modules of a class, or None where no format of this role takes it."""
+    return next((kind for kind in reversed(_KINDS) if kind.role == role and kind.takes(module_class)), None)
 
 
-def weight_of(module: nn.Module) -> FrozenWeight | None:
+def weight_of(module: nn.Module, role: str = "linear") -> FrozenWeight | None:
     """The frozen weight of a module that computes `W0 x (+ bias)`, or None where the library knows no such."""
-    kind = weight_kind(type(module))
+    kind = weight_kind(type(module), role)
     return None if kind is None else kind(module)
 
 
@@ -214,9 +216,9 @@ def is_quantized(module: nn.Module) -> bool:
     return weight is not None and weight.quantization is not None
 
 
-def keeps_forward(module_class: type[nn.Module]) -> bool:
+def keeps_forward(module_class: type[nn.Module], role: str = "linear") -> bool:
     """Whether modules of this class compute their weight's product: the class has no forward of its own."""
-    kind = weight_kind(module_class)
+    kind = weight_kind(module_class, role)
     plain = None if kind is None else kind.plain_class(module_class)
     return plain is not None and module_class.forward is plain.forward
 

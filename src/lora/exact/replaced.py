@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.weight import FrozenWeight, Quantized
+from ..bases import FrozenWeight, Quantized
 from ..errors import LoraError, LoraWarning
 from ..layers import LinearAdapters
 from ..ops import summed_bias

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases.weight import FrozenWeight
+from ..bases import FrozenWeight
 
 SAMPLES = 48
 ROUNDED, REQUANTIZED = 0.3, 0.05  # how far apart two quantizations, and one done twice, may put the samples

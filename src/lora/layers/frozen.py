@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bases.weight import FrozenWeight, is_quantized, keeps_forward, weight_kind
+from ..bases import FrozenWeight, is_quantized, keeps_forward, weight_kind
 from ..ops import as_dtype
 from ..ops.frozen_linear import frozen_linear
 from .host import LoraLayer, acting_class, adapters_of, base_modules, original_class, take_class
@@ -32,8 +32,8 @@ class FrozenLinear(LoraLayer):
 
 def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
     """W0 x + bias, (..., out), in the dtype that the module's own forward gives."""
-    if weight.runs_own_forward(x):
-        return weight.own_forward(original_class(host), x)
+    if weight.runs_own_forward(host, x):
+        return weight.own_forward(host, original_class(host), x)
     bias, dtype = host._parameters["bias"], weight.compute_dtype(x)
     y = frozen_linear(as_dtype(x, dtype), *weight.stored(), None if bias is None else as_dtype(bias, dtype))
     return as_dtype(y, weight.output_dtype(x))

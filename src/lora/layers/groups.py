@@ -123,7 +123,7 @@ def why_not(host: nn.Module, x: Tensor) -> str | None:
 
 def run(host: nn.Module, adapters: Any, x: Tensor) -> Tensor | None:
     """The fused result, or None where the host does not run fused; over a quantized weight always a result."""
-    if adapters.quantized and adapters.frozen.runs_own_forward(x):
+    if adapters.quantized and adapters.frozen.runs_own_forward(host, x):
         return separate(host, adapters, x)
     if why_not(host, x) is not None:
         if not adapters.quantized:
@@ -172,7 +172,7 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
         return False
     if why_not(member, x) is not None or its.frozen.parameter.device != x.device:
         return False
-    if its.quantized and its.frozen.runs_own_forward(x):
+    if its.quantized and its.frozen.runs_own_forward(member, x):
         return False
     if its.quantized != mine.quantized or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):
         return False

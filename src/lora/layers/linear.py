@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.weight import FrozenWeight, weight_of
+from ..bases import FrozenWeight, weight_of
 from ..errors import LoraError
 from ..ops import lora_linear, summed_bias
 from ..updates.start import init_

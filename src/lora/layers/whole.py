@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.weight import is_quantized
+from ..bases import is_quantized
 from .frozen import FrozenLinear
 from .host import Adapters, LoraLayer
 

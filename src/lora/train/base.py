@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..bases.model import loadable, saved_as
-from ..bases.weight import FrozenWeight, weight_of
+from ..bases import FrozenWeight, loadable, saved_as, weight_of
 from ..errors import LoraError
 from .quiet import quiet
 
