@@ -19,7 +19,8 @@ from common import write_csv
 from on_gpu import race
 from torch import Tensor
 
-from lora.ops.dequantize import Format
+from lora.bases.eight_bit import EightBitLayout
+from lora.bases.four_bit import FourBitLayout
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336)]
 KINDS = {"nf4 nested": ("nf4", True), "nf4": ("nf4", False), "fp4": ("fp4", False), "int8": ("int8", False)}
@@ -39,11 +40,11 @@ class Case:
         name, nested = KINDS[kind]
         w = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
         if name == "int8":
-            self.format = Format(name, shape)
+            self.format: Any = EightBitLayout(name, shape)
             codes, scales, _ = bnb.int8_vectorwise_quant(w.half())
             parts = [codes, scales]
         else:
-            self.format = Format(name, shape, 64, 256 if nested else 0)
+            self.format = FourBitLayout(name, shape, 64, 256 if nested else 0)
             packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=name, compress_statistics=nested)
             parts = [packed.view(-1), state.absmax, state.code]
             if nested:

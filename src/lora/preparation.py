@@ -5,11 +5,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases.quantizer import model_dtype
-from .bases.weight import weight_of
+from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers import LowRank
-from .layers.frozen import is_quantized
+from .layers.frozen import model_dtype
 from .layers.host import base_modules
 from .offload import Offload
 from .resident import is_merged, unwrap
@@ -49,10 +48,9 @@ def prepare(
         raise LoraError(f"checkpointing: got {checkpointing!r}; allowed are True, False and 'offload'")
     heads = _heads(root, head_dtype) if head_dtype is not None else []
     for _, module in base_modules(root):
-        if is_quantized(module):
-            weight = weight_of(module)
-            assert weight is not None
-            weight.stored()  # raises where bitsandbytes has not quantized it yet
+        weight = weight_of(module)
+        if weight is not None and weight.quantization is not None:
+            weight.check()
     if checkpointing:
         _checkpoint(root, checkpointing == "offload")
     for module in _norms(root) if norms_fp32 else []:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .bases.quantizer import allow_training
+from .bases import allow_training
 from .errors import LoraError
 from .layers.frozen import settle
 from .layers import Adapter, hosts

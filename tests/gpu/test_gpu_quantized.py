@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import lora
 from conftest import tiny_llama
+from lora.bases.four_bit import FEW
 from lora.bases.weight import weight_of
-from lora.layers.frozen import FEW
 from test_gpu import distance, gradients, losses_of_a_captured_step, rule, tokens  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_bert, unchanged
-from lora.bases.weight import Dense
+from lora.bases import Dense
 from lora.layers.host import adapters_of
 from two_kinds import TwoKinds, merge, merged_model, scale_updates
 

@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora.bases.eight_bit import EightBitLayout
+from lora.bases.four_bit import FourBitLayout
 from lora.errors import LoraError
-from lora.ops.dequantize import Format, dequantize, element
+from lora.ops.dequantize import Layout, dequantize, element, layout, layout_text
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -64,7 +66,7 @@ def quantized(
     parts = [packed, state.absmax, state.code]
     if nested:
         parts += [state.state2.absmax, state.state2.code, state.offset]
-    return parts, str(Format(kind, (w.shape[0], w.shape[1]), block, 256 if nested else 0)), state
+    return parts, layout_text(kind, (w.shape[0], w.shape[1]), block, 256 if nested else 0), state
 
 
 def defined(bnb: ModuleType, packed: Tensor, state: object, dtype: torch.dtype) -> Tensor:
@@ -84,10 +86,10 @@ def defined(bnb: ModuleType, packed: Tensor, state: object, dtype: torch.dtype) 
 
 def made(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0, seed: int = 0) -> tuple[list[Tensor], str]:
     """Parts of any bits, without bitsandbytes: the kernels need no weight that someone quantized."""
-    form = Format(kind, shape, block, nested)
+    form = layout(layout_text(kind, shape, block, nested))
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for count, dtype in form.layout:
+    for count, dtype in form.parts:
         if dtype == torch.float32:
             parts.append(torch.randn(count, generator=generator))
         else:
@@ -102,21 +104,21 @@ def made(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0, see
 sizes = st.integers(0, 2**40)
 counts = st.integers(1, 2**20)
 formats = st.one_of(
-    st.builds(Format, st.just("int8"), st.tuples(sizes, sizes)),
-    st.builds(Format, st.sampled_from(["nf4", "fp4"]), st.tuples(sizes, sizes), counts, st.integers(0, 2**20)),
+    st.builds(EightBitLayout, st.just("int8"), st.tuples(sizes, sizes)),
+    st.builds(FourBitLayout, st.sampled_from(["nf4", "fp4"]), st.tuples(sizes, sizes), counts, st.integers(0, 2**20)),
 )
 
 
 @given(formats)
-def test_format_round_trip(form: Format) -> None:
-    assert Format.parse(str(form)) == form
-    assert form.tensors == {"int8": 2}.get(form.kind, 6 if form.nested else 3)
+def test_format_round_trip(form: Layout) -> None:
+    assert layout(str(form)) == form
+    assert form.tensors == {"int8": 2}.get(form.kind, 6 if getattr(form, "nested", 0) else 3)
 
 
 def test_format_text() -> None:
-    assert str(Format("nf4", (4096, 14336), 64, 256)) == "nf4:4096x14336:64:256"
-    assert str(Format("fp4", (4096, 14336), 64)) == "fp4:4096x14336:64"
-    assert str(Format("int8", (4096, 14336))) == "int8:4096x14336"
+    assert str(FourBitLayout("nf4", (4096, 14336), 64, 256)) == "nf4:4096x14336:64:256"
+    assert str(FourBitLayout("fp4", (4096, 14336), 64)) == "fp4:4096x14336:64"
+    assert str(EightBitLayout("int8", (4096, 14336))) == "int8:4096x14336"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_format_text() -> None:
 )
 def test_no_format(text: str) -> None:
     with pytest.raises(LoraError, match="allowed"):
-        Format.parse(text)
+        layout(text)
 
 
 # Plain torch.
@@ -183,7 +185,7 @@ def test_int8(bnb: ModuleType, shape: tuple[int, int], dtype: torch.dtype) -> No
     state.CB, state.SCB, _ = bnb.functional.int8_vectorwise_quant(random(*shape).half())
     state.has_fp16_weights = False
     theirs = MatMul8bitFp.apply(torch.eye(shape[1], dtype=dtype), state.CB, None, None, state).t()
-    form = str(Format("int8", shape))
+    form = str(EightBitLayout("int8", shape))
     assert same_bits(dequantize([state.CB, state.SCB], form, dtype), theirs)
 
 
@@ -364,10 +366,10 @@ def test_gpu_bitsandbytes(bnb: ModuleType, kind: str, nested: bool, dtype: torch
 @pytest.mark.gpu
 def test_gpu_more_weights_than_an_int32_counts() -> None:
     shape, tail = (66000, 32768), 4 * 32768
-    form = Format("nf4", shape, 64)
+    form = FourBitLayout("nf4", shape, 64)
     parts = [
-        torch.randint(256, (form.layout[0][0],), device="cuda", dtype=torch.uint8),
-        torch.rand(form.layout[1][0], device="cuda"),
+        torch.randint(256, (form.parts[0][0],), device="cuda", dtype=torch.uint8),
+        torch.rand(form.parts[1][0], device="cuda"),
         torch.randn(16, device="cuda"),
     ]
     end = [parts[0][-tail // 2 :].cpu(), parts[1][-tail // 64 :].cpu(), parts[2].cpu()]
@@ -378,4 +380,4 @@ def test_gpu_more_weights_than_an_int32_counts() -> None:
         torch.rand(shape[0], device="cuda"),
     )
     truth = dequantize([codes[-4:].cpu(), scales[-4:].cpu()], "int8:4x32768", torch.bfloat16)
-    assert same_bits(dequantize([codes, scales], str(Format("int8", shape)), torch.bfloat16)[-4:].cpu(), truth)
+    assert same_bits(dequantize([codes, scales], str(EightBitLayout("int8", shape)), torch.bfloat16)[-4:].cpu(), truth)

@@ -19,7 +19,6 @@ from conftest import tiny_llama
 from lora import LoraError
 from lora.bases.weight import weight_of
 from lora.train import Recipe, load_recipe, run
-from lora.train import base as base_module
 from lora.train import needs as needs_module
 from lora.train import trainer as trainer_module
 from lora.train.base import load_base
@@ -209,7 +208,7 @@ def test_without_bitsandbytes_it_says_what_to_install(
         }
         (tmp_path / "config.json").write_text(json.dumps(settings))
         changes = {"model": str(tmp_path)}
-    monkeypatch.setattr(base_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("lora.bases.bitsandbytes.find_spec", lambda name: None)
     with pytest.raises(LoraError, match=message + r"; pip install 'lora-torch\[quant\]'"):
         run(recipe(**changes))
 

@@ -1,129 +1,238 @@
-"""The frozen weight W0 of a layer, however it is stored, as one small protocol.
+# ruff: noqa: B027
+# Most formats need nothing of what a model is told, so that those methods are empty and not abstract.
+"""The frozen weight W0 of a layer, however it is stored: what each format answers, and the table of the formats.
 
-A new way to store it is one more class here, a line in `weight_of`, its format in `ops/dequantize.py`, and its name in
-`targets.KNOWN_CLASSES`.
+A new format is one file, here or in another package: a `FrozenWeight` that is registered and, where its storage is
+packed, a registered `ops.dequantize.Layout`. Nothing else in the library names a format.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .bitsandbytes import EightBit, FourBit, Stored
+from ..ops.dequantize import dequantize, element
+
+Stored = tuple[list[Tensor], str]
+"""The tensors that store a weight, and how: `str(ops.dequantize.Layout)`, or "" for a plain matrix."""
 
 
-class FrozenWeight(Protocol):
-    """W0, seen as an (out, in) matrix."""
+class FrozenWeight(ABC):
+    """W0 of a module that computes `W0 x (+ bias)`, seen as an (out, in) matrix.
 
-    @property
-    def quantization(self) -> str | None:
-        """None, "nf4", "fp4" or "int8"."""
+    The module has `bias` among its parameters, if only as None. Making a `FrozenWeight` is cheap: a quantized linear
+    without an adapter makes one at each call.
+    """
+
+    role: ClassVar[str] = "linear"  # what the module computes with it: the kind of host that may adapt it
+    package: ClassVar[str]  # from which these classes come; told by name, so that nothing has to be imported
+    classes: ClassVar[tuple[str, ...]]
+    transposed: ClassVar[bool] = False  # stored as (in, out), which PEFT's files tell of
+    quantization: str | None = None  # a short name such as "nf4"; None for a plain matrix
+    note: ClassVar[str | None] = None  # what a summary says of a model with such weights
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @classmethod
+    def plain_class(cls, module_class: type[nn.Module]) -> type[nn.Module] | None:
+        """The class of the package that a module's class is or comes from; None: this format is not for it.
+
+        A module whose class has another `forward` computes something else, and is left alone.
+        """
+        for c in module_class.__mro__:
+            if c.__qualname__ in cls.classes and f"{c.__module__}.".startswith(f"{cls.package}."):
+                return c
+        return None
+
+    @classmethod
+    def takes(cls, module_class: type[nn.Module]) -> bool:
+        return cls.plain_class(module_class) is not None
 
     @property
     def parameter(self) -> Tensor:
         """The parameter that stores it, in its own layout."""
+        return self.module._parameters["weight"]  # type: ignore[no-any-return]  # quicker than `.weight`, each step
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """What `dense()` gives where it is not told."""
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype that the module computes with for an input x, which is not x's own where a quantizer says so."""
+        return x.dtype
 
     def output_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the module's output for an input x."""
+        return x.dtype
 
+    @abstractmethod
     def stored(self) -> Stored:
         """What the fused operator takes."""
 
+    @abstractmethod
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix, (out, in); a view where the storage allows one."""
 
+    @abstractmethod
     def at(self, row: int, column: int) -> Tensor:
         """One element, 0-dim; in fp32 where it is dequantized."""
 
-
-class Dense:
-    """nn.Linear: stored as (out, in)."""
-
-    quantization: str | None = None
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
     @property
-    def parameter(self) -> Tensor:
-        return self.module._parameters["weight"]  # type: ignore[return-value]  # quicker than `.weight`, each step
+    def label(self) -> str | None:
+        """The quantization in an adapter's file, by all that the weight's values depend on."""
+        return self.quantization
+
+    def check(self) -> None:
+        """Raises `LoraError` where the weight cannot be used as it is, such as one that is not quantized yet."""
+
+    def runs_own_forward(self, host: nn.Module, x: Tensor) -> bool:
+        """Whether the product with x is left to the forward of the host's own class."""
+        return False
+
+    def own_forward(self, host: nn.Module, original: type[nn.Module], x: Tensor) -> Tensor:
+        """That product; `original`: the host's class without adapters."""
+        y: Tensor = original.forward(host, x)
+        return y
+
+    # What a model with such weights needs of others: for every registered format, whether the model has one or not.
+
+    @classmethod
+    def enter_model(cls, root: nn.Module) -> None:
+        """The model carries adapters from now on, and others may train it; told again with each adapter."""
+
+    @classmethod
+    def leave_model(cls, root: nn.Module) -> None:
+        """The last adapter has left the model."""
+
+    @classmethod
+    def forget(cls, root: nn.Module, names: Iterable[str]) -> None:
+        """These modules hold plain weights from now on; the model's config has to say so."""
+
+    # For transformers' `from_pretrained`.
+
+    loads: ClassVar[tuple[str, ...]] = ()  # the quantizations that it can be told to make
+
+    @classmethod
+    def load_settings(cls, name: str, dtype: torch.dtype | str) -> Any:
+        """`quantization_config` for one of `loads`; dtype: of the products with the weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def saved_as(cls, settings: dict[str, Any]) -> str | None:
+        """The quantization that a saved model's `quantization_config` tells of; None: another format's."""
+        return None
+
+    @classmethod
+    def require(cls, why: str) -> None:
+        """Raises `LoraError`, which starts with `why`, where a package that the format needs is not there."""
+
+    @classmethod
+    def after_loading(cls, model: nn.Module) -> None:
+        """Put right what transformers leaves on a model that was saved in this format."""
+
+
+class Quantized(FrozenWeight):
+    """A weight that is frozen for good, dequantized when it is used, and replaced as a whole by a merge."""
+
+    into: ClassVar[tuple[str, ...]] = ()  # the quantizations that `quantized` makes: what a merge may be told to
 
     @property
     def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.dense().shape
-        return out_features, in_features
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parameter.dtype
-
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype
-
-    def output_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype
-
-    def stored(self) -> Stored:
-        return [self.dense()], ""
+        return self.module.out_features, self.module.in_features
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.parameter if dtype is None else self.parameter.to(dtype)
+        return dequantize(*self.stored(), dtype or self.dtype)
 
     def at(self, row: int, column: int) -> Tensor:
-        return self.dense()[row, column]
+        return element(*self.stored(), row, column, torch.float32)
 
-    def write_(self, rows: slice, values: Tensor) -> None:
-        """Put `values` (n, in) in place of some rows, in the storage's dtype."""
-        with torch.no_grad():
-            self.dense()[rows].copy_(values)
+    def check(self) -> None:
+        self.stored()
 
+    def attributes(self) -> dict[str, Any]:
+        """The module's attributes that belong to the parameter, as they are now."""
+        return {}
 
-class Transposed(Dense):
-    """transformers' Conv1D (GPT-2): stored as (in, out)."""
+    def quantized(self, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """A parameter like the present one, and its attributes, of other values (out, in) fp32."""
+        raise NotImplementedError
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return super().dense(dtype).t()
+    def install(self, parameter: Any, attributes: dict[str, Any]) -> None:
+        """Give the module a parameter and its attributes, on the device where it is now.
 
+        A plain parameter (out, in) comes without attributes: the module's class is nn.Linear while it has that.
+        """
+        device = self.parameter.device
+        self.module._parameters["weight"] = parameter if parameter.device == device else parameter.to(device)
+        for name, value in attributes.items():
+            setattr(self.module, name, value)
 
-CONV1D = "transformers.pytorch_utils", "Conv1D"
-
-
-def comes_from(module_class: type[nn.Module], package: str, *names: str) -> bool:
-    """Whether a class is, or comes from, one of these of a package; told without an import of it."""
-    return any(c.__qualname__ in names and c.__module__.startswith(package) for c in module_class.__mro__)
-
-
-def class_from(module: nn.Module, package: str, *names: str) -> bool:
-    """`comes_from` of a module's class."""
-    return comes_from(type(module), package, *names)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    return class_from(module, *CONV1D)
+    def why_not_plain(self) -> str | None:
+        """Why no nn.Linear may stand in the module's place, in words that follow its name; None: it may."""
+        return None
 
 
-def weight_of(module: nn.Module) -> FrozenWeight | None:
+KindT = TypeVar("KindT", bound=type[FrozenWeight])
+_KINDS: list[type[FrozenWeight]] = []
+
+
+def register(kind: KindT) -> KindT:
+    """Put a format into the table; a decorator. The last one registered is asked first."""
+    _KINDS.append(kind)
+    return kind
+
+
+def unregister(kind: type[FrozenWeight]) -> None:
+    _KINDS.remove(kind)
+
+
+def kinds() -> tuple[type[FrozenWeight], ...]:
+    """The formats, in the order in which they were registered."""
+    return tuple(_KINDS)
+
+
+def weight_kind(module_class: type[nn.Module], role: str = "linear") -> type[FrozenWeight] | None:
+    """The format of the modules of a class, or None where no format of this role takes it."""
+    return next((kind for kind in reversed(_KINDS) if kind.role == role and kind.takes(module_class)), None)
+
+
+def weight_of(module: nn.Module, role: str = "linear") -> FrozenWeight | None:
     """The frozen weight of a module that computes `W0 x (+ bias)`, or None where the library knows no such."""
-    kind = weight_kind(type(module))
+    kind = weight_kind(type(module), role)
     return None if kind is None else kind(module)
 
 
-def weight_kind(module_class: type[nn.Module]) -> Callable[[nn.Module], FrozenWeight] | None:
-    """What makes the frozen weight of a module of this class."""
-    if issubclass(module_class, nn.Linear):
-        if comes_from(module_class, "bitsandbytes.", "Linear4bit"):
-            return FourBit
-        return EightBit if comes_from(module_class, "bitsandbytes.", "Linear8bitLt") else Dense
-    return Transposed if comes_from(module_class, *CONV1D) else None
+def is_quantized(module: nn.Module) -> bool:
+    weight = weight_of(module)
+    return weight is not None and weight.quantization is not None
+
+
+def keeps_forward(module_class: type[nn.Module], role: str = "linear") -> bool:
+    """Whether modules of this class compute their weight's product: the class has no forward of its own."""
+    kind = weight_kind(module_class, role)
+    plain = None if kind is None else kind.plain_class(module_class)
+    return plain is not None and module_class.forward is plain.forward
+
+
+def supported() -> str:
+    """The classes that the formats take, in words."""
+    by_package: dict[str, list[str]] = {}
+    for kind in _KINDS:
+        by_package.setdefault(kind.package.partition(".")[0], []).extend(kind.classes)
+    owners = ["nn." + listed(names) if package == "torch" else f"{package}' {listed(names)}"
+              for package, names in by_package.items()]  # fmt: skip
+    return f"supported are {listed(owners)}"
+
+
+def listed(names: list[str]) -> str:
+    """`a, b and c`"""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

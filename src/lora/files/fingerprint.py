@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases.weight import FrozenWeight
-from ..ops.dequantize import Format
+from ..bases import FrozenWeight
 
 SAMPLES = 48
 ROUNDED, REQUANTIZED = 0.3, 0.05  # how far apart two quantizations, and one done twice, may put the samples
-USUAL_BLOCK = 64  # bitsandbytes' default for 4 bits
 
 
 def fingerprint(weights: dict[str, FrozenWeight]) -> str:
@@ -41,14 +39,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def quantization(weights: dict[str, FrozenWeight]) -> str | None:
     """How the targets are quantized: "nf4", "double-quantized nf4", "int8, nf4" where they differ; None: none is."""
-    return ", ".join(sorted({_kind(w) for w in weights.values() if w.quantization is not None})) or None
-
-
-def _kind(weight: FrozenWeight) -> str:
-    """A quantization by all that its values depend on: a double-quantized base is not the same to the bit."""
-    form = Format.parse(weight.stored()[1])
-    block = "" if form.block in (0, USUAL_BLOCK) else f" in blocks of {form.block}"
-    return f"{'double-quantized ' if form.nested else ''}{form.kind}{block}"
+    return ", ".join(sorted({w.label for w in weights.values() if w.label is not None})) or None
 
 
 def other_quantization(recorded: str, weights: dict[str, FrozenWeight]) -> tuple[str, str] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.weight import is_conv1d
+from ..bases import weight_kind
 from ..config import LoraConfig, matches
 from ..errors import LoraError
 from ..layers.host import Adapter, base_modules
@@ -56,7 +56,7 @@ def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[s
         "revision": None,
         "inference_mode": True,
         "modules_to_save": _modules_to_save(config, modules) or None,
-        "fan_in_fan_out": any(is_conv1d(modules[name]) for name in targets),
+        "fan_in_fan_out": any((kind := weight_kind(type(modules[n]))) and kind.transposed for n in targets),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "use_dora": False,
         "layers_pattern": None,

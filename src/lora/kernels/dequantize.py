@@ -2,7 +2,7 @@
 # Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """Frozen 4-bit and 8-bit weights to 16 or 32 bits, in one launch each, bound by the bytes read and written.
 
-Every product and sum is rounded by itself, as bitsandbytes rounds them, so the launches forbid fused multiply-adds.
+Every product and sum is rounded by itself, as the layouts define them, so the launches forbid fused multiply-adds.
 """
 
 from collections.abc import Callable, Sequence

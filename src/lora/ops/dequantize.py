@@ -1,24 +1,19 @@
 # mypy: disable-error-code="no-untyped-call"
 # torch.library's registration functions carry no types.
-"""The dense form of a frozen weight that bitsandbytes quantized: bit for bit what bitsandbytes itself makes of it.
+"""The dense form of a frozen weight that is stored packed: one operator, `lora::dequantize`, for every layout.
 
-    4 bit:  W = round(code[nibble] * absmax[i // block])            i counts the weights row by row
-            absmax[b] = code2[q[b]] * absmax2[b // nested] + offset     where the absmax is quantized as well
-    8 bit:  W = round(CB * (SCB * (1 / 127)))                       SCB of the row
-
-Each product and sum is rounded to fp32 by itself, and the result once more to the dtype asked for. Two weights share a
-byte, the first in the high nibble (Dettmers et al., "QLoRA", 2023, and "LLM.int8()", 2022). The functions here are the
-plain-torch form, which is the CPU path and the oracle; `kernels/dequantize.py` is the CUDA path.
-
-Two things of bitsandbytes' 4-bit CUDA kernels stay theirs: FP4's second zero is negative, though `code` has none such,
-and what is below the smallest normal fp32 number becomes zero.
+A layout says which tensors hold a weight (out, in) and what they stand for, in plain torch, which is the CPU path and
+the oracle; it may have a kernel for CUDA. Layouts are registered by their kind: `bases/` has the library's own, each in
+the file of its format.
 """
 
 import functools
 import importlib.util
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,72 +24,85 @@ LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
     "dequantize(Tensor[] parts, str format, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
-FORMAT = re.compile(r"(int8|nf4|fp4):(\d+)x(\d+)(?::([1-9]\d*))?(?::([1-9]\d*))?")
-INVERSE = 1 / 127
+TEXT = re.compile(r"(\w+):(\d+)x(\d+)((?::[1-9]\d*)*)")
+Launch = Callable[[Tensor], Tensor]
+"""Writes the weight into a tensor (out, in), contiguous, and returns that."""
 
 
 @dataclass(frozen=True)
-class Format:
-    """How a weight is stored, and in how many tensors.
+class Layout(ABC):
+    """How a weight is stored, and in how many tensors; as text, `kind:OUTxIN` and its numbers, such as nf4:64x128:64.
 
-    | kind     | tensors                                                                                          |
-    |----------|--------------------------------------------------------------------------------------------------|
-    | int8     | CB (out, in) int8, SCB (out,) fp32                                                               |
-    | nf4, fp4 | packed: ceil(out in / 2) bytes of any dtype and shape, absmax (blocks,) fp32, code (16,) fp32    |
-    | nested   | packed, absmax (blocks,) uint8, code, absmax2 (ceil(blocks / nested),), code2 (256,), offset ()  |
+    A subclass is a frozen dataclass too. Its own fields are its numbers, positive or left out.
 
     Args:
-        shape: (out, in); block: weights that share an absmax; nested: absmax values that share an absmax2, or 0.
+        kind: the name that it was registered by; shape: (out, in).
     """
 
+    forms: ClassVar[tuple[str, ...]] = ("OUTxIN",)  # what may stand behind the kind
     kind: str
     shape: tuple[int, int]
-    block: int = 0
-    nested: int = 0
 
-    def __str__(self) -> str:
-        return format_text(self.kind, self.shape, self.block, self.nested)
-
-    @staticmethod
-    @functools.cache
-    def parse(text: str) -> "Format":
-        """The format that `str` wrote as text, such as nf4:4096x14336:64:256 or int8:4096x14336."""
-        match = FORMAT.fullmatch(text)
-        if match is None or (match[1] in ("nf4", "fp4")) != (match[4] is not None):
-            raise LoraError(
-                f"format = {text!r}; allowed: int8:OUTxIN, nf4:OUTxIN:BLOCK and nf4:OUTxIN:BLOCK:NESTED,"
-                " and fp4 alike; write it with str(Format(...))"
-            )
-        kind, *numbers = match.groups()
-        rows, columns, block, nested = (int(n or 0) for n in numbers)
-        return Format(kind, (rows, columns), block, nested)
-
-    @functools.cached_property
-    def layout(self) -> list[tuple[int, torch.dtype | None]]:
+    @property
+    @abstractmethod
+    def parts(self) -> list[tuple[int, torch.dtype | None]]:
         """Elements and dtype of each tensor that stores such a weight; None: bytes, in any dtype."""
-        rows, columns = self.shape
-        if self.kind == "int8":
-            return [(rows * columns, torch.int8), (rows, torch.float32)]
-        blocks = -(-rows * columns // self.block)
-        plain: list[tuple[int, torch.dtype | None]] = [
-            (-(-rows * columns // 2), None),
-            (blocks, torch.uint8 if self.nested else torch.float32),
-            (16, torch.float32),
-        ]
-        outer = (-(-blocks // self.nested), 256, 1) if self.nested else ()
-        return plain + [(n, torch.float32) for n in outer]
+
+    @abstractmethod
+    def dense(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in plain torch, on any device; its memory is the caller's."""
+
+    @abstractmethod
+    def element(self, parts: Sequence[Tensor], row: int, column: int) -> Tensor:
+        """`dense(parts, float32)[row, column]`, a tensor without dimensions, at the price of a few reads."""
+
+    def launch(self, parts: Sequence[Tensor]) -> Launch | None:
+        """What writes the weight on CUDA in place of `dense`, from parts there; None: there is no kernel for it."""
+        return None
 
     @property
     def tensors(self) -> int:
         """How many tensors store such a weight."""
-        return len(self.layout)
+        return len(self.parts)
+
+    def __str__(self) -> str:
+        return layout_text(self.kind, self.shape, *(getattr(self, field.name) for field in fields(self)[2:]))
 
 
-def format_text(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0) -> str:
-    """`str(Format(...))`, for each forward pass: cached nowhere, since what compiled code reads must not grow."""
+_LAYOUTS: dict[str, type[Any]] = {}
+
+
+def register_layout(kind: str, layout_class: type[Layout]) -> None:
+    """Let weights of this kind be dequantized. Raises `LoraError` where the kind is taken."""
+    if kind in _LAYOUTS:
+        raise LoraError(f"kind: {kind!r} is a layout already ({_LAYOUTS[kind].__qualname__}); choose another name")
+    _LAYOUTS[kind] = layout_class
+    layout.cache_clear()
+
+
+def unregister_layout(kind: str) -> None:
+    del _LAYOUTS[kind]
+    layout.cache_clear()
+
+
+@functools.cache
+def layout(text: str) -> Layout:
+    """The layout that `str` wrote as text. Raises `LoraError` for any other text."""
+    match = TEXT.fullmatch(text)
+    known = _LAYOUTS.get(match[1]) if match else None
+    if match is None or known is None or match[4].count(":") not in {form.count(":") for form in known.forms}:
+        allowed = ", ".join(f"{kind}:{form}" for kind, each in _LAYOUTS.items() for form in each.forms)
+        raise LoraError(f"format = {text!r}; allowed: {allowed}; write it with str(Layout(...))")
+    made: Layout = known(match[1], (int(match[2]), int(match[3])), *map(int, match[4].split(":")[1:]))
+    return made
+
+
+def layout_text(kind: str, shape: tuple[int, int], *numbers: int) -> str:
+    """`str(Layout(...))`, for each forward pass: cached nowhere, since what compiled code reads must not grow."""
     text = f"{kind}:{shape[0]}x{shape[1]}"
-    if block:
-        text += f":{block}:{nested}" if nested else f":{block}"
+    for number in numbers:
+        if number:
+            text += f":{number}"
     return text
 
 
@@ -102,111 +110,57 @@ def dequantize(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tens
     """The weight (out, in) in dtype.
 
     Args:
-        parts: the tensors of `Format`, in its order, on one device; format: `str(Format(...))`.
+        parts: the tensors of the layout, in its order, on one device; format: `str(Layout(...))`.
     """
     weight: Tensor = torch.ops.lora.dequantize(list(parts), format, dtype)
     return weight
 
 
 def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize(parts, format, dtype)[row, column]`, a tensor without dimensions, at the price of a few reads."""
-    form = Format.parse(format)
-    if form.kind == "int8":
-        return (parts[0][row, column].float() * (parts[1][row] * INVERSE)).to(dtype)
-    index = row * form.shape[1] + column
-    byte = _bytes(parts[0])[index // 2].long()
-    block = index // form.block
-    absmax = parts[1][block]
-    if form.nested:
-        absmax = parts[4][absmax.long()] * parts[3][block // form.nested] + parts[5].reshape(())
-    return (parts[2][byte & 15 if index % 2 else byte >> 4] * absmax).to(dtype)
-
-
-def _bytes(packed: Tensor) -> Tensor:
-    """The packed nibbles (bytes,) uint8, whatever dtype holds them."""
-    flat = packed.reshape(-1)
-    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
+    """`dequantize(parts, format, dtype)[row, column]`, a tensor without dimensions."""
+    return layout(format).element(parts, row, column).to(dtype)
 
 
 class Packed:
     """A stored weight for code that is within an operator already; what can be done once for all its uses is.
 
     Args:
-        parts: the tensors of `Format`, in its order, on one device; format: `str(Format(...))`.
+        parts: the tensors of the layout, in its order, on one device; format: `str(Layout(...))`.
 
     Raises:
-        LoraError: the parts are not of that format.
+        LoraError: the parts are not of that layout.
     """
 
     def __init__(self, parts: Sequence[Tensor], format: str) -> None:
-        self.parts, self.form = parts, Format.parse(format)
-        fits = len(parts) == self.form.tensors
+        self.parts, self.form = parts, layout(format)
+        expected = self.form.parts
+        fits = len(parts) == len(expected)
         if fits:  # a loop: every product over a quantized weight comes through here
-            for t, (size, dtype) in zip(parts, self.form.layout, strict=True):
+            for t, (size, dtype) in zip(parts, expected, strict=True):
                 elements_fit = t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
                 fits = fits and elements_fit
         if not fits:
             raise LoraError(
                 f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
-                f"(None: bytes): {self.form.layout}; take them from the weight and its quantization state"
+                f"(None: bytes): {expected}; take them from the weight and its quantization state"
             )
-        self._launch: Callable[[Tensor], Tensor] | None = None
+        self._launch: Launch | None = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), its memory the caller's."""
-        if not self.parts[0].is_cuda or not _in_kernel(self.form):
-            return _reference(self.parts, self.form, dtype)
+        first = self.parts[0]
+        if first.is_cuda and self._launch is None:
+            self._launch = self.form.launch(self.parts)
         if self._launch is None:
-            self._launch = _launch(self.parts, self.form)
-        out = torch.empty(self.form.shape, dtype=dtype, device=self.parts[0].device)
+            return self.form.dense(self.parts, dtype)
+        out = torch.empty(self.form.shape, dtype=dtype, device=first.device)
         with torch.cuda.device_of(out):
             return self._launch(out)
-
-
-# The operator on the CPU, and wherever triton is not.
-
-
-def _blockwise_(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Multiply values (n,) in place, each block of them by its scale; the last block may be short."""
-    blocks = values.numel() // block
-    values[: blocks * block].view(-1, block).mul_(scales[:blocks, None])
-    values[blocks * block :].mul_(scales[blocks : blocks + 1])
-    return values
-
-
-def _reference(parts: Sequence[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
-    if form.kind == "int8":
-        return (parts[0] * (parts[1] * INVERSE)[:, None]).to(dtype)
-    packed, absmax, code, *outer = parts
-    if form.nested:
-        absmax2, code2, offset = outer
-        absmax = _blockwise_(code2.index_select(0, absmax.int()), absmax2, form.nested) + offset
-    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)  # (256, 2), by the byte
-    values = pairs.index_select(0, _bytes(packed).int()).view(-1)[: form.shape[0] * form.shape[1]]
-    return _blockwise_(values, absmax, form.block).view(form.shape).to(dtype)
-
-
-# On CUDA.
 
 
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _in_kernel(form: Format) -> bool:
-    """Whether the kernels take it: blocks of a power of two, as each of bitsandbytes' is."""
-    return has_triton() and form.block % 8 == 0 and form.block & (form.block - 1) == 0
-
-
-def _launch(parts: Sequence[Tensor], form: Format) -> Callable[[Tensor], Tensor]:
-    """A function that writes the weight into a tensor."""
-    from ..kernels.dequantize import four_bit, int8
-
-    if form.kind == "int8":
-        return int8(parts[0].contiguous(), parts[1].contiguous())
-    flat = [_bytes(parts[0]), *[t.contiguous() for t in parts[1:]]]
-    return four_bit(form.shape[0] * form.shape[1], flat, form.block, form.nested)
 
 
 def _dense(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .autograd import is_plain, once, refuse_transforms, unchanged, versions
-from .dequantize import Format, Packed
+from .dequantize import Packed, layout
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
@@ -29,10 +29,10 @@ def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor 
     """y (..., out) of x (..., in), in x's dtype.
 
     Args:
-        parts: the tensors of `dequantize.Format`, in its order; format: `str(Format(...))`; bias: (out,), in x's dtype.
+        parts: the tensors of a `dequantize.Layout`, in its order; format: that as text; bias: (out,), in x's dtype.
 
     Raises:
-        LoraError: the parts are not of that format; or this runs within a transform of torch.func, whose derivatives
+        LoraError: the parts are not of that layout; or this runs within a transform of torch.func, whose derivatives
             would be wrong.
     """
     refuse_transforms()
@@ -107,11 +107,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 def _fake(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Format.parse(format).shape[0])
+    return x.new_empty(*x.shape[:-1], layout(format).shape[0])
 
 
 def _fake_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], Format.parse(format).shape[1])
+    return dy.new_empty(*dy.shape[:-1], layout(format).shape[1])
 
 
 for device in ("CPU", "CUDA"):

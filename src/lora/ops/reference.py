@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dequantize import Format, Packed, has_triton
+from .dequantize import Packed, has_triton, layout
 from .philox import inverse_keep, keep_mask, threshold
 from .recompute import Factors
 
@@ -20,7 +20,7 @@ class Matrices:
     """The weights W_i of one call, by target; a quantized one is dense only while the caller holds it.
 
     Args:
-        tensors: what stores them, one after the other; formats: their `dequantize.Format`s, joined by ";", or "" where
+        tensors: what stores them, one after the other; formats: their `dequantize.Layout`s, joined by ";", or "" where
             each is a plain matrix; dtype: of the matrices.
     """
 
@@ -29,7 +29,7 @@ class Matrices:
         self.packed: list[Packed] = []
         start = 0
         for text in formats.split(";") if formats else ():
-            end = start + Format.parse(text).tensors
+            end = start + layout(text).tensors
             self.packed.append(Packed(tensors[start:end], text))
             start = end
 

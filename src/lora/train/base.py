@@ -1,19 +1,15 @@
 """The base model and its tokenizer, loaded with errors that say what to do."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..bases.quantizer import forget_reading
+from ..bases import FrozenWeight, loadable, saved_as, weight_of
 from ..errors import LoraError
-from ..layers.frozen import is_quantized
 from .quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-QUANTIZATIONS = ("none", "nf4", "int8")
-BITSANDBYTES = ("nf4", "fp4", "int8")  # what it stores
 
 
 def pick_dtype(dtype: str) -> torch.dtype:
@@ -30,7 +26,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
 
     Args:
         dtype: of all that is not quantized ("auto": as it is stored), and of the products with weights that become NF4.
-        quantize: "nf4" or "int8" by bitsandbytes; "none" takes the model as it is stored, quantized or not.
+        quantize: one of `bases.model.loadable()`, such as "nf4"; "none" takes the model as it is stored.
         device: of a quantized model; None is the GPU where there is one.
 
     Raises:
@@ -39,7 +35,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     """
     from transformers import AutoModelForCausalLM
 
-    stored = check_quantization(name, quantize)
+    stored, kind = _check_quantization(name, quantize)
     options: dict[str, Any] = {}
     if stored is not None or quantize != "none":
         place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -47,42 +43,45 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     try:
         with quiet(bars=_downloads(name)):
             if stored is None and quantize != "none":
-                options["quantization_config"] = _settings(quantize, dtype)
+                options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise LoraError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
-    if stored in BITSANDBYTES:
-        forget_reading(model)
+    if kind is not None:
+        kind.after_loading(model)
         if isinstance(dtype, torch.dtype):
             _cast(model, dtype)
     return model
 
 
 def check_quantization(name: str, quantize: str) -> str | None:
-    """How the model is stored: "nf4", "fp4", "int8", another quantizer's name, or None for not quantized.
+    """How the model is stored: a quantization's name, such as "nf4", or None for not quantized.
 
     Raises:
-        LoraError: `quantize` is unknown or asks for another quantization, or bitsandbytes is needed and missing.
+        LoraError: `quantize` is unknown or asks for another quantization, or a package that it needs is missing.
     """
-    if quantize not in QUANTIZATIONS:
-        raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(QUANTIZATIONS)}")
-    stored = _stored_quantization(name)
+    return _check_quantization(name, quantize)[0]
+
+
+def _check_quantization(name: str, quantize: str) -> tuple[str | None, type[FrozenWeight] | None]:
+    """`check_quantization`, and the format that knows how the model is stored."""
+    known = loadable()
+    if quantize != "none" and quantize not in known:
+        raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(['none', *known])}")
+    settings: Any = getattr(_config(name), "quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        settings = settings.to_dict()
+    stored, kind = (None, None) if settings is None else saved_as(settings)
     if quantize != "none" and stored not in (None, quantize):
         raise LoraError(
             f"quantize is {quantize!r}, but {name!r} is stored in {stored}; leave quantize out to take it as it is, or "
             "give the model from before it was quantized"
         )
     if quantize != "none":
-        require_bitsandbytes(f"quantize is {quantize!r}")
-    elif stored in BITSANDBYTES:
-        require_bitsandbytes(f"model: {name!r} is stored in {stored}")
-    return stored
-
-
-def require_bitsandbytes(why: str) -> None:
-    """Raises `LoraError` where bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise LoraError(f"{why}, which needs bitsandbytes; pip install 'lora-torch[quant]'")
+        known[quantize].require(f"quantize is {quantize!r}")
+    elif kind is not None:
+        kind.require(f"model: {name!r} is stored in {stored}")
+    return stored, kind
 
 
 def load_tokenizer(name: str) -> Any:
@@ -114,35 +113,16 @@ def _config(name: str) -> Any:
         raise LoraError(f"model: the config of {name!r} could not be loaded: {_first_line(error)}") from error
 
 
-def _stored_quantization(name: str) -> str | None:
-    settings = getattr(_config(name), "quantization_config", None)
-    if settings is None:
-        return None
-    found: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
-    if found.get("load_in_4bit"):
-        return str(found.get("bnb_4bit_quant_type", "fp4"))
-    return "int8" if found.get("load_in_8bit") else str(found.get("quant_method", "an unknown quantization"))
-
-
-def _settings(quantize: str, dtype: torch.dtype | str) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def _cast(model: Any, dtype: torch.dtype) -> None:
     """What is not quantized, in `dtype`: some transformers 5 leave it as it is stored."""
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, module in model.named_modules():
-        for own_name, parameter in module._parameters.items():
-            packed = own_name == "weight" and is_quantized(module)
-            if parameter is None or packed or not parameter.is_floating_point() or any(k in name for k in kept):
-                continue
-            parameter.data = parameter.data.to(dtype)
+        weight = weight_of(module)
+        packed = None if weight is None or weight.quantization is None else weight.parameter
+        for parameter in module._parameters.values():
+            floats = parameter is not None and parameter is not packed and parameter.is_floating_point()
+            if floats and not any(k in name for k in kept):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _check_place(name: str, argument: str) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ..bases.bitsandbytes import require_bitsandbytes
 from ..errors import LoraError
 from ..layers import LinearAdapters
 from ..layers.host import hosts
 from ..targets import output_heads
-from .base import require_bitsandbytes
 from .quiet import quiet
 from .recipe import Recipe
 

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import lora
 
-from ..bases.weight import weight_of
+from ..bases import weight_of
 from ..errors import LoraError
 from ..files.commit import replaced
 from ..files.fingerprint import quantization
