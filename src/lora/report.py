@@ -1,8 +1,6 @@
 """Tables for people: what a model carries, and what a merge kept."""
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,27 +15,12 @@ from .layers.groups import why_not
 from .layers.host import base_modules, hosts
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
+from .tables import size, starred, table
 
 INT8_NOTE = (
     "int8: training multiplies by the dequantized weights and never quantizes activations; in eval mode without "
     "gradients bitsandbytes' LLM.int8() runs"
 )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, columns aligned; those whose every entry starts with a digit to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = [bool(rows) and all(re.match(r"[-\d]", row[i]) for row in rows) for i in range(len(header))]
-    shown = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join([shown[0], "-" * (sum(widths) + 2 * len(widths) - 2), *shown[1:]])
-
-
-def size(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 @dataclass(frozen=True)
@@ -155,7 +138,7 @@ def summary(model: nn.Module) -> Summary:
     plain = model_dtype(root)
     grouped: dict[tuple[str, str, str, tuple[int, ...], int | None, str], list[int]] = {}
     for name, host, adapters in hosts(root):
-        target = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        target = starred(name)
         for adapter in adapters.records:
             part = adapters[adapter]
             trained = [p.numel() for p in part.parameters()]

@@ -1,30 +1,27 @@
 """save and load: adapters on disk in PEFT's format, whole and verified or not at all."""
 
-import hashlib
-import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .activation import disabled
-from .bases.weight import FrozenWeight, weight_of
+from .bases.weight import FrozenWeight, is_conv1d, weight_of
 from .config import check_name
 from .errors import LoraError, LoraWarning, near
-from .files.commit import replaced_together
+from .files.adapter import AdapterFile, read, write
 from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, other_quantization, quantization
-from .files.header import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, read_header, seal, verified
-from .files.settings import from_peft, to_peft
+from .files.header import CONFIG_FILE, PREFIX
+from .files.settings import from_peft, task_type, to_peft
 from .injection import Part, check_reached, install, low_rank_parts, new_adapter, whole_parts
 from .layers import Adapter, LinearAdapters, LowRank, Whole
 from .layers.host import base_modules, hosts
 from .resident import is_merged, resident, unwrap
 from .targets import select
 
-BASE, CONFIG_DIGEST = "lora.base", "lora.config"
+BASE = "lora.base"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -83,21 +80,22 @@ def load(
     """
     root = unwrap(model, changing=True)
     folder = Path(path)
-    found = _read_config(folder)
-    config, extra = from_peft(found, str(folder / CONFIG_FILE))
-    tensors, header = read_tensors(folder)
+    file = read(folder)
+    config, extra = from_peft(file.config, str(folder / CONFIG_FILE))
+    tensors = file.tensors()
     adapter = new_adapter(root, check_name(name), config, extra)
     targets = select(root, config, loading=True)
     if not targets:
         raise LoraError(
-            f"{folder}: its target_modules {found.get('target_modules')!r} fit no linear of {type(root).__name__}; it "
-            f"was trained on {extra.get('base_model_name_or_path') or 'another model'}: load it on that"
+            f"{folder}: its target_modules {file.config.get('target_modules')!r} fit no linear of "
+            f"{type(root).__name__}; it was trained on {extra.get('base_model_name_or_path') or 'another model'}: load "
+            "it on that"
         )
     parts = low_rank_parts(targets, config, loading=True) + whole_parts(root, targets, config, loading=True)
     check_reached(root, parts)
     _fill(root, folder, parts, tensors)
     if check:
-        _check_origin(folder, found, header, {n: _weight(m) for n, m in targets.items()})
+        _check_origin(file, {n: _weight(m) for n, m in targets.items()})
     install(root, adapter, parts, trainable)
     return model
 
@@ -132,80 +130,17 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
     meta = [key for key, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise LoraError(f"model: {meta[0]} is on the meta device and has no values to save")
-    config = to_peft(root, adapter, weights)
-    # Clones: tied copies share memory, which safetensors refuses.
-    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    metadata = {
-        "format": "pt",
-        CHECKSUM: BLANK,
-        BASE: fingerprint(weights),
-        CONFIG_DIGEST: config_digest(config),
-    }
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with replaced_together(folder / TENSOR_FILE, folder / CONFIG_FILE) as (tensor_file, config_file):
-        save_file(plain, tensor_file, metadata)
-        seal(tensor_file)
-        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def config_digest(config: dict[str, Any]) -> str:
-    """What of the configuration gives the tensors their meaning; the two files of a save belong together by it."""
-    keys = (
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "modules_to_save",
+    modules = dict(base_modules(root))
+    config = to_peft(
+        adapter.config,
+        adapter.extra,
+        modules=list(modules),
+        targets=list(weights),
+        fan_in_fan_out=any(is_conv1d(modules[name]) for name in weights),
+        base_name=getattr(root, "name_or_path", None),
+        task_type=task_type(root),
     )
-    return hashlib.sha256(json.dumps([config.get(k) for k in keys], sort_keys=True).encode()).hexdigest()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        nested = sorted(str(p.parent) for p in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
-        hint = f"; there is one in {', '.join(nested)}" if nested else ""
-        lacks = f"has no {CONFIG_FILE}{hint}" if folder.exists() else "does not exist"
-        raise LoraError(f"path: {str(folder)!r} {lacks}; give the directory that lora.save wrote")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LoraError(f"{file}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise LoraError(f"{file}: holds a {type(found).__name__}; a JSON object is expected")
-    return found
-
-
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header metadata) of an adapter's file, its checksum verified where it has one.
-
-    Raises:
-        LoraError: no file, only a pickle, or damage.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = folder / TENSOR_FILE
-    if not file.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        has = (
-            "only adapter_model.bin, a pickle; these can run code and are never read, so convert it"
-            if pickled
-            else "none"
-        )
-        raise LoraError(f"path: {str(folder)!r} should have {TENSOR_FILE} and has {has}")
-    _, metadata = read_header(file)
-    if verified(file, metadata) is False:
-        raise LoraError(f"{file}: it does not match its checksum, so it was damaged; copy it again")
-    try:
-        return load_file(file), metadata
-    except SafetensorError as error:
-        raise LoraError(f"{file}: damaged ({error}); copy it again") from None
+    write(folder, config, tensors, {BASE: fingerprint(weights)})
 
 
 def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:
@@ -251,11 +186,10 @@ def _is_base_copy(root: nn.Module, key: str, value: Tensor) -> bool:
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
-def _check_origin(
-    folder: Path, found: dict[str, Any], header: dict[str, str], weights: dict[str, FrozenWeight]
-) -> None:
+def _check_origin(file: AdapterFile, weights: dict[str, FrozenWeight]) -> None:
+    folder, header = file.folder, file.metadata
     again = "if that is meant, lora.load(..., check=False)"
-    if header.get(CONFIG_DIGEST, config_digest(found)) != config_digest(found):
+    if not file.paired:
         raise LoraError(
             f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
         )
