@@ -86,8 +86,8 @@ def main() -> None:
 
     print(f"\n2. train on {train}", flush=True)
     steps = ["--max-steps", "3", "--warmup-steps", "1"] if smoke else ["--max-steps", "160", "--warmup-steps", "20"]
-    schedule = ["--r", "8", "--lr", "2e-3", "--batch-size", "16", *steps, "--log-every", "20", "--force"]
-    lora("train", "--model", MODEL, "--data", train, "--out", adapter, *schedule)
+    schedule = ["--lr", "2e-3", "--batch-size", "16", *steps, "--log-every", "20", "--force"]
+    lora("train", "--model", MODEL, "--data", train, "--out", adapter, "--r", "8", "--targets", "all-linear", *schedule)
 
     print("\n3. the same meanings, with the adapter", flush=True)
     lora("generate", MODEL, "--adapter", adapter, "--input", test, "--output", f"{out}/after.jsonl", *length)

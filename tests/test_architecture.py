@@ -13,11 +13,11 @@ SOURCE = Path(lora.__file__).parent
 # A part may import the parts before it in this list, and its own.
 ORDER = [
     ["errors"],
-    ["config", "kernels"],
-    ["ops"],
+    ["config", "tables", "kernels"],
+    ["files", "ops"],
     ["bases"],
     ["updates"],
-    ["layers", "files"],
+    ["layers"],
     ["resident", "targets"],
     ["offload"],
     ["preparation"],

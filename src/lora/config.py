@@ -1,8 +1,9 @@
 """What the user asks of one adapter: plain values, all errors told at once."""
 
+# ruff: noqa: RUF009  (a setting is a field with its metadata, made by a function of ours)
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +12,8 @@ from .errors import LoraError, near
 BIAS_MODES = ("none", "all", "lora_only")
 INITS = ("gaussian", "kaiming")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Check = Callable[[str, Any], Iterable[str]]
+"""(label, value) -> what is wrong with the value"""
 
 
 def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
@@ -25,6 +28,102 @@ def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
 def lookup(patterns: Mapping[str, Any], name: str) -> str | None:
     """The first key of a rank or alpha pattern that fits the end of a module's full name (a regular expression)."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def scaling(module: str, alpha: float, alpha_pattern: Mapping[str, float], r: int, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) with rslora, for one module, by full name."""
+    key = lookup(alpha_pattern, module)
+    alpha = alpha if key is None else alpha_pattern[key]
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that is known of one field of `LoraConfig` beside its type and default.
+
+    Args:
+        help: the text of its flag in `lora train --help`.
+        check: what is wrong with a value.
+        peft: its key in adapter_config.json.
+        maths: its place in the digest of what gives the tensors their meaning; 0 where it only tells how to train.
+        choices: the values that it may have, where they are few.
+    """
+
+    help: str
+    check: Check
+    peft: str
+    maths: int = 0
+    choices: tuple[str, ...] = ()
+
+
+def _setting(default: Any, help: str, check: Check | tuple[str, ...], peft: str, maths: int = 0) -> Any:
+    """A field of `LoraConfig`; a tuple for `check` has the allowed values."""
+    choices = check if isinstance(check, tuple) else ()
+    if isinstance(check, tuple):
+        check = _unless(lambda value: value in choices, f"one of {', '.join(choices)}")
+    metadata = {"setting": Setting(help, check, peft, maths, choices)}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _unless(fits: Callable[[Any], bool], allowed: str) -> Check:
+    def check(label: str, value: Any) -> Iterable[str]:
+        if not fits(value):
+            yield f"{label}: got {value!r}; {allowed}"
+
+    return check
+
+
+def _pattern(fits: Callable[[Any], bool], allowed: str) -> Check:
+    def check(label: str, patterns: Any) -> Iterable[str]:
+        if not isinstance(patterns, dict):
+            yield f"{label}: got {patterns!r}; a dict from module name to value"
+            return
+        for key, value in patterns.items():
+            yield from _unless(fits, f"values are {allowed}")(f"{label}[{key!r}]", value)
+            yield from _bad_regex(f"{label} key", key)
+
+    return check
+
+
+def _bad_names(label: str, value: Any) -> Iterable[str]:
+    if value is None:
+        return
+    if isinstance(value, str):
+        if not value:
+            yield f"{label}: got ''; a regular expression, a list of module names, or None"
+        else:
+            yield from _bad_regex(label, value)
+    elif not _is_names(value) or not value:
+        yield f"{label}: got {value!r}; a list of module names such as ['q_proj', 'v_proj'], or a regular expression"
+
+
+def _bad_regex(label: str, value: Any) -> Iterable[str]:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        yield f"{label}: got {value!r}, which is no regular expression ({error})"
+
+
+def _is_number(value: Any, low: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > low
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _are_layers(value: Any) -> bool:
+    indices = [] if value is None else value if isinstance(value, list) else [value]
+    return value != [] and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices)
+
+
+_FLAG = _unless(lambda value: isinstance(value, bool), "True or False")
 
 
 @dataclass(frozen=True)
@@ -44,34 +143,101 @@ class LoraConfig:
         layers: indices of the layers to adapt; None means all.
         rank_pattern, alpha_pattern: r or alpha of the modules whose name ends with the key (a regular expression).
         train: names of modules to train whole and save with the adapter.
+        update: what each target holds: "lora", "dora", or the name of an update that was registered.
+        dora: short for update="dora" (arXiv:2402.09353).
 
     Raises:
         LoraError: with every field that is wrong.
     """
 
-    r: int = 8
-    targets: str | list[str] | None = None
-    alpha: float | None = None
-    dropout: float = 0.0
-    bias: str = "none"
-    init: str = "gaussian"
-    rslora: bool = False
-    exclude: str | list[str] | None = None
-    layers: int | list[int] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    train: list[str] = field(default_factory=list)
+    r: int = _setting(
+        8,
+        "Rank of the update.",
+        _unless(_is_rank, "the rank is a whole number of at least 1, such as 8, 16 or 64"),
+        peft="r",
+        maths=1,
+    )
+    targets: str | list[str] | None = _setting(
+        None,
+        "Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression "
+        "[default: the query and value projections].",
+        _bad_names,
+        peft="target_modules",
+        maths=7,
+    )
+    alpha: float | None = _setting(
+        None,
+        "Scale: the update is multiplied by alpha / r [default: 2 * r].",
+        _unless(lambda value: value is None or _is_number(value, 0), "a finite number above 0, or None for 2 * r"),
+        peft="lora_alpha",
+        maths=2,
+    )
+    dropout: float = _setting(
+        0.0,
+        "Dropout on the input of A.",
+        _unless(lambda p: _is_number(p, -1) and 0 <= p < 1, "a probability from 0 up to, but not including, 1"),
+        peft="lora_dropout",
+    )
+    bias: str = _setting("none", "Which biases are trained as well.", BIAS_MODES, peft="bias", maths=4)
+    init: str = _setting("gaussian", "How A starts; B starts at zero.", INITS, peft="init_lora_weights")
+    rslora: bool = _setting(
+        False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).", _FLAG, peft="use_rslora", maths=3
+    )
+    exclude: str | list[str] | None = _setting(
+        None, "Layers to leave out: name suffixes, or a regular expression.", _bad_names, peft="exclude_modules"
+    )
+    layers: int | list[int] | None = _setting(
+        None,
+        "Indices of the layers to adapt, such as 0,1 [default: all].",
+        _unless(_are_layers, "one index, a list of indices counted from 0, or None for all"),
+        peft="layers_to_transform",
+    )
+    rank_pattern: dict[str, int] = _setting(
+        {},
+        "Ranks of some targets, by the end of their name: down_proj=16,layers.0.self_attn.q_proj=4.",
+        _pattern(_is_rank, "whole numbers of at least 1"),
+        peft="rank_pattern",
+        maths=5,
+    )
+    alpha_pattern: dict[str, float] = _setting(
+        {},
+        "Alphas of some targets, written like rank_pattern.",
+        _pattern(lambda value: _is_number(value, 0), "finite numbers above 0"),
+        peft="alpha_pattern",
+        maths=6,
+    )
+    train: list[str] = _setting(
+        [],
+        "Modules trained whole and saved with the adapter.",
+        _unless(_is_names, "a list of module names, such as ['score']"),
+        peft="modules_to_save",
+        maths=8,
+    )
+    update: str = _setting(
+        "lora",
+        "What each target holds: lora, dora, or an update that was registered.",
+        _unless(
+            lambda value: isinstance(value, str) and value != "", "the name of an update, such as 'lora' or 'dora'"
+        ),
+        peft="lora_update",
+        maths=10,
+    )
+    dora: bool = _setting(False, "Short for update=dora (arXiv:2402.09353).", _FLAG, peft="use_dora", maths=9)
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train"):  # tuples and sets are as good as lists
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 object.__setattr__(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
-        wrong = list(_complaints(self))
+        wrong = [text for name, setting in SETTINGS.items() for text in setting.check(name, getattr(self, name))]
+        if self.dora is True and self.update not in ("lora", "dora"):
+            wrong.append(f"dora: got True beside update={self.update!r}; leave one of the two out")
         if wrong:
             raise LoraError("\n".join(wrong))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2 * self.r)
+        object.__setattr__(self, "update", "dora" if self.dora else self.update)
+        object.__setattr__(self, "dora", self.update == "dora")
 
     def rank(self, module: str) -> int:
         """The rank of the update of one module, by full name."""
@@ -79,21 +245,20 @@ class LoraConfig:
         return self.r if key is None else self.rank_pattern[key]
 
     def scaling(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rslora, for one module, by full name."""
-        key = lookup(self.alpha_pattern, module)
-        alpha = self.alpha if key is None else self.alpha_pattern[key]
-        assert alpha is not None
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        """The factor s of the update of one module, by full name."""
+        assert self.alpha is not None
+        return scaling(module, self.alpha, self.alpha_pattern, self.rank(module), self.rslora)
 
     @classmethod
     def of(cls, **keywords: Any) -> "LoraConfig":
         """LoraConfig(**keywords), with near names for a keyword that does not exist."""
-        known = [f.name for f in fields(cls)]
         for key in keywords:
-            if key not in known:
-                raise LoraError(f"{key}: no such argument{near(key, known)}")
+            if key not in SETTINGS:
+                raise LoraError(f"{key}: no such argument{near(key, SETTINGS)}")
         return cls(**keywords)
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(LoraConfig)}
 
 
 def check_name(name: str) -> str:
@@ -103,63 +268,3 @@ def check_name(name: str) -> str:
             f"name: got {name!r}; an adapter's name has 1 to 64 letters, digits, '_' or '-' and no path in it"
         )
     return name
-
-
-def _is_number(value: Any, low: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > low
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _complaints(c: LoraConfig) -> Iterable[str]:
-    if not _is_rank(c.r):
-        yield f"r: got {c.r!r}; the rank is a whole number of at least 1, such as 8, 16 or 64"
-    if c.alpha is not None and not _is_number(c.alpha, 0):
-        yield f"alpha: got {c.alpha!r}; a finite number above 0, or None for 2 * r"
-    if not (_is_number(c.dropout, -1) and 0 <= c.dropout < 1):
-        yield f"dropout: got {c.dropout!r}; a probability from 0 up to, but not including, 1"
-    if c.bias not in BIAS_MODES:
-        yield f"bias: got {c.bias!r}; one of {', '.join(BIAS_MODES)}"
-    if c.init not in INITS:
-        yield f"init: got {c.init!r}; one of {', '.join(INITS)}"
-    if not isinstance(c.rslora, bool):
-        yield f"rslora: got {c.rslora!r}; True or False"
-    yield from _bad_names("targets", c.targets)
-    yield from _bad_names("exclude", c.exclude)
-    if not isinstance(c.train, list) or not all(isinstance(n, str) and n for n in c.train):
-        yield f"train: got {c.train!r}; a list of module names, such as ['score']"
-    layers = [] if c.layers is None else c.layers if isinstance(c.layers, list) else [c.layers]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers) or c.layers == []:
-        yield f"layers: got {c.layers!r}; one index, a list of indices counted from 0, or None for all"
-    for label, patterns, fits, allowed in (
-        ("rank_pattern", c.rank_pattern, _is_rank, "whole numbers of at least 1"),
-        ("alpha_pattern", c.alpha_pattern, lambda v: _is_number(v, 0), "finite numbers above 0"),
-    ):
-        if not isinstance(patterns, dict):
-            yield f"{label}: got {patterns!r}; a dict from module name to value"
-            continue
-        for key, value in patterns.items():
-            if not fits(value):
-                yield f"{label}[{key!r}]: got {value!r}; values are {allowed}"
-            yield from _bad_regex(f"{label} key", key)
-
-
-def _bad_names(label: str, value: Any) -> Iterable[str]:
-    if value is None:
-        return
-    if isinstance(value, str):
-        if not value:
-            yield f"{label}: got ''; a regular expression, a list of module names, or None"
-        else:
-            yield from _bad_regex(label, value)
-    elif not isinstance(value, list) or not value or not all(isinstance(n, str) and n for n in value):
-        yield f"{label}: got {value!r}; a list of module names such as ['q_proj', 'v_proj'], or a regular expression"
-
-
-def _bad_regex(label: str, value: Any) -> Iterable[str]:
-    try:
-        re.compile(value)
-    except (re.error, TypeError) as error:
-        yield f"{label}: got {value!r}, which is no regular expression ({error})"

@@ -120,7 +120,7 @@ def test_version(cli: Lora) -> None:
 def test_an_error_is_one_message_without_a_traceback(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("inspect", tmp_path / "gone")
     assert (code, out) == (2, "")
-    assert err == f"error: adapter: '{tmp_path}/gone' is not there; give an adapter's folder\n"
+    assert err == f"error: adapter: '{tmp_path}/gone' does not exist; give the directory that lora.save wrote\n"
 
 
 @pytest.mark.parametrize("place", ["before", "after", "environment"])
@@ -129,7 +129,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     arguments = {"before": ["--debug", *arguments], "after": [*arguments, "--debug"]}.get(place, arguments)
     monkeypatch.setenv("LORA_DEBUG", "1" if place == "environment" else "0")
     monkeypatch.setattr(sys, "argv", ["lora", *arguments])
-    with pytest.raises(lora.LoraError, match="is not there"):
+    with pytest.raises(lora.LoraError, match="does not exist"):
         main()
 
 
@@ -252,7 +252,12 @@ def test_a_lossy_merge_is_noted_in_one_line(cli: Lora, base: Path, tmp_path: Pat
         (["generate", "BASE", "--prompt", "x", "--adapter", "gone"], "'gone' does not exist"),
         (["merge", "BASE", "gone", "out"], "'gone' does not exist"),
         (["train"], "recipe: 3 mistakes"),
-        (["train", "--model", "m", "--data", "d", "--out", "o", "--r", "0"], "r is 0; it must be"),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--r", "0"], "r: got 0; the rank is"),
+        (
+            ["train", "--model", "m", "--data", "d", "--out", "o", "--rank-pattern", "q_proj"],
+            "rank_pattern: got 'q_proj'; write --rank-pattern NAME=NUMBER",
+        ),
+        (["train", "--model", "m", "--data", "d", "--out", "o", "--layers", "0,x"], "layers is ['0', 'x']; it must be"),
     ],
 )
 def test_errors_of_the_commands(
@@ -380,7 +385,7 @@ def _pickle_only(folder: Path) -> None:
         (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds list"),
-        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "is a 'IA3' adapter"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type is 'IA3'"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (_pickle_only, "is a pickle, which can run code and is never read"),
         (_garbage(b""), "damaged"),
@@ -443,7 +448,9 @@ def test_an_adapter_trained_on_a_quantized_base(cli: Lora, base: Path, rows: Pat
     pytest.importorskip("bitsandbytes")
     out, merged = tmp_path / "adapter", tmp_path / "merged"
     data = ["--data", rows, "--out", out, "--max-steps", 6, "--warmup-steps", 1, "--lr", 1e-2]
-    code, _, progress = cli("train", "--model", base, *data, "--quantize", "nf4", "--gradient-checkpointing")
+    code, _, progress = cli(
+        "train", "--model", base, *data, "--targets", "all-linear", "--quantize", "nf4", "--gradient-checkpointing"
+    )
     assert code == 0, progress
     assert "plain torch over nf4" in progress
     assert "prepared: checkpointing" in progress

@@ -226,7 +226,7 @@ def test_a_wrong_path_says_what_to_do(tmp_path: Path) -> None:
     refused(model, tmp_path / "out", "there is one in .*adapter")
     refused(model, tmp_path / "out" / "adapter" / CONFIG, "adapter_config.json")
     (tmp_path / "out" / "adapter" / TENSORS).unlink()
-    refused(model, tmp_path / "out" / "adapter", "should have " + TENSORS)
+    refused(model, tmp_path / "out" / "adapter", "has no " + TENSORS)
 
 
 # Atomicity
@@ -474,7 +474,6 @@ def test_unknown_keys_of_a_config_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("lora_bias", True),
         ("use_qalora", True),
         ("trainable_token_indices", [1, 2]),
@@ -498,6 +497,13 @@ def test_a_key_that_changes_the_maths_is_refused_by_name(key: str, value: object
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, key: value}))
     refused(tiny_llama(), tmp_path, key, check=False)
+
+
+def test_a_config_that_says_dora_does_not_fit_plain_tensors(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "use_dora": True}))
+    refused(tiny_llama(), tmp_path, "dora|magnitude", check=False)
 
 
 def test_every_key_of_pefts_config_is_either_understood_or_refused() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, same_bits, snapshot, state_of, tiny_gpt2, unchanged
+from lora.files.adapter import read
 from lora.files.header import CHECKSUM
 from lora.layers.host import adapters_of, hosts
-from lora.saving import read_tensors
 from quantized_base import (
     KINDS,
     TARGETS,
@@ -99,9 +99,12 @@ def test_disabled_and_save_of_a_merged_model(kind: str, into: str, tmp_path: Pat
     assert same_bits(snapshot(model), merged) and classes(model) == kept
     lora.save(model, tmp_path / "after")
     assert same_bits(snapshot(model), merged) and classes(model) == kept
-    (tensors, header), (again, header_again) = (read_tensors(tmp_path / when) for when in ("before", "after"))
-    assert same_bits(tensors, again)
-    assert {**header, CHECKSUM: ""} == {**header_again, CHECKSUM: ""}  # which is of the file, with keys in any order
+    before, after = (read(tmp_path / when) for when in ("before", "after"))
+    assert same_bits(before.tensors(), after.tensors())
+    assert {**before.metadata, CHECKSUM: ""} == {
+        **after.metadata,
+        CHECKSUM: "",
+    }  # which is of the file, with keys in any order
     lora.remove(model)
     assert torch.equal(model(tokens()).logits, base)
 

@@ -29,7 +29,7 @@ def test_all_mistakes_at_once() -> None:
     for part in (
         "data is missing: Training rows",
         "out is missing",
-        "r is 0; it must be greater than or equal to 1",
+        "r: got 0; the rank is a whole number of at least 1",
         "lr is 'fast'; it must be a valid number",
         "schedule is 'sawtooth'; it must be 'linear', 'cosine' or 'constant'",
         "targets is 3; it must be",
@@ -42,8 +42,13 @@ def test_all_mistakes_at_once() -> None:
 
 def test_fields_that_contradict_each_other_are_told_together() -> None:
     with pytest.raises(LoraError) as caught:
-        Recipe.of(**NEEDED, epochs=1, max_steps=5, warmup_steps=5, targets=[], offload=True)
-    told = ("give one", "targets is empty", "leaves nothing of max_steps=5", "set gradient_checkpointing as well")
+        Recipe.of(**NEEDED, epochs=1, max_steps=5, warmup_steps=5, dora=True, update="x", offload=True)
+    told = (
+        "give one",
+        "dora: got True beside update='x'",
+        "leaves nothing of max_steps=5",
+        "set gradient_checkpointing as well",
+    )
     for part in told:
         assert part in str(caught.value)
 

@@ -49,6 +49,7 @@ def recipe(base: Path, write_rows: Write, tmp_path: Path) -> Callable[..., Recip
             "model": str(base),
             "data": write_rows(ROWS),
             "out": str(tmp_path / "out"),
+            "targets": "all-linear",
             "max_steps": 4,
             "batch_size": 4,
             "lr": 1e-2,

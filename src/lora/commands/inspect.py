@@ -17,5 +17,5 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="Adapter folder, ours o
 
     found = describe(adapter)
     typer.echo(str(found))
-    if found.verified is False or found.incomplete:
+    if found.damaged:
         raise LoraError(f"adapter: {str(adapter)!r} is damaged; see above")

@@ -3,13 +3,17 @@
 import inspect
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from ..config import SETTINGS
+from ..errors import LoraError
 from ..train.recipe import Recipe, load_recipe
 
 _SIMPLE_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
+_PAIR = re.compile(r"([^=]+)=([^=,]+)(?:,|$)")
 
 
 def train(recipe: Path | None = None, *, force: bool = False, **flags: Any) -> None:
@@ -41,12 +45,18 @@ def train(recipe: Path | None = None, *, force: bool = False, **flags: Any) -> N
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """Flags for list fields take commas: `--targets q_proj,v_proj`. Anything else for targets is an expression."""
-    if name == "train":
-        return [part for part in value.split(",") if part]
-    if name == "targets" and value != "all-linear" and _SIMPLE_NAMES.fullmatch(value):
-        return value.split(",")
-    return value
+    """A flag's text as its field's value: lists take commas, and patterns `--rank-pattern down_proj=16,o_proj=4`.
+
+    Where a field may also be a regular expression, what is no list of simple names is one.
+    """
+    kinds = _kinds(Recipe.model_fields[name].annotation)
+    if dict in kinds:
+        if not value or _PAIR.sub("", value):
+            raise LoraError(f"{name}: got {value!r}; write --{name.replace('_', '-')} NAME=NUMBER,NAME=NUMBER")
+        return dict(_PAIR.findall(value))
+    if list not in kinds or (str in kinds and (value == "all-linear" or not _SIMPLE_NAMES.fullmatch(value))):
+        return value
+    return [part for part in value.split(",") if part]
 
 
 def _flag(name: str) -> inspect.Parameter:
@@ -55,8 +65,11 @@ def _flag(name: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     is_bool = field.annotation is bool
     help_text = field.description or ""
+    choices = SETTINGS[name].choices if name in SETTINGS else ()
     if get_origin(field.annotation) is Literal:
-        help_text = f"{help_text.removesuffix('.')}: {', '.join(get_args(field.annotation))}."
+        choices = get_args(field.annotation)
+    if choices:
+        help_text = f"{help_text.removesuffix('.')}: {', '.join(choices)}."
     if not is_bool and not field.is_required() and field.default not in (None, "") and field.default_factory is None:
         help_text += f" [default: {field.default}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if is_bool else flag, help=help_text, show_default=False)
@@ -69,11 +82,15 @@ def _flag(name: str) -> inspect.Parameter:
 
 
 def _flag_type(annotation: Any) -> type:
-    """What a flag's text is parsed as; choices and lists stay text, for the recipe to judge."""
-    for kind in (bool, int, float):
-        if annotation is kind or kind in get_args(annotation):
-            return kind
-    return str
+    """What a flag's text is parsed as; choices, lists and patterns stay text, for the recipe to judge."""
+    kinds = _kinds(annotation)
+    return next((kind for kind in (bool, int, float) if kind in kinds and not kinds & {list, dict}), str)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The alternatives of a type, without what lists and dicts hold."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return {get_origin(option) or option for option in options}
 
 
 def _signature() -> inspect.Signature:

@@ -2,18 +2,33 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from ..bases import FrozenWeight
 
 SAMPLES = 48
 ROUNDED, REQUANTIZED = 0.3, 0.05  # how far apart two quantizations, and one done twice, may put the samples
 
 
-def fingerprint(weights: dict[str, FrozenWeight]) -> str:
+class Weight(Protocol):
+    """What is asked of a target's frozen weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def parameter(self) -> Tensor: ...
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def label(self) -> str | None: ...
+    def at(self, row: int, column: int) -> Tensor: ...
+
+
+def fingerprint(weights: Mapping[str, Weight]) -> str:
     """JSON: a hash of names and shapes, dtype, quantization, and samples [module, row, column, value] of the targets.
 
     Weights on the meta device have no values to sample.
@@ -37,26 +52,28 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def quantization(weights: dict[str, FrozenWeight]) -> str | None:
-    """How the targets are quantized: "nf4", "double-quantized nf4", "int8, nf4" where they differ; None: none is."""
-    return ", ".join(sorted({w.label for w in weights.values() if w.label is not None})) or None
+def quantization(weights: Mapping[str, Weight]) -> str | None:
+    """How the targets are quantized, in a file's words: "nf4", "double-quantised nf4", "int8, nf4" where they differ;
+    None where none is."""
+    return ", ".join(sorted({label for weight in weights.values() if (label := weight.label)})) or None
 
 
-def other_quantization(recorded: str, weights: dict[str, FrozenWeight]) -> tuple[str, str] | None:
+def other_quantization(recorded: str, weights: Mapping[str, Weight]) -> tuple[str, str] | None:
     """(recorded, present) in words, where the base was quantized otherwise than this one; None where they agree."""
     known = json.loads(recorded)
     there, here = known.get("quantisation"), quantization(weights)
     if there == here or not weights:
         return None
-    present = here or f"{_name(next(iter(weights.values())).dtype)}, not quantized"
-    return there or f"{known['dtype']}, not quantized", present
+    here = here or f"{_name(next(iter(weights.values())).dtype)}, not quantized"
+    there = there or f"{known['dtype']}, not quantized"
+    return there.replace("quantised", "quantized"), here.replace("quantised", "quantized")
 
 
-def layout(weights: dict[str, FrozenWeight]) -> str:
+def layout(weights: Mapping[str, Weight]) -> str:
     return hashlib.sha256(json.dumps({n: weights[n].shape for n in sorted(weights)}).encode()).hexdigest()
 
 
-def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
+def difference(recorded: str, weights: Mapping[str, Weight]) -> str | None:
     """What tells this base from the recorded one; None when they agree to within the coarser dtype's rounding."""
     known = json.loads(recorded)
     if known["layout"] != layout(weights):
@@ -72,7 +89,7 @@ def difference(recorded: str, weights: dict[str, FrozenWeight]) -> str | None:
     return f"{len(missed)} of {len(samples)} sampled weights differ, such as {missed[0]}" if missed else None
 
 
-def apart(recorded: str, weights: dict[str, FrozenWeight]) -> float:
+def apart(recorded: str, weights: Mapping[str, Weight]) -> float:
     """The distance of the samples here from the recorded ones, over the norm of those.
 
     A quantization moves them by 1 % in int8 and 10 % in 4 bits. The same quantization from another dtype or on another
@@ -84,7 +101,7 @@ def apart(recorded: str, weights: dict[str, FrozenWeight]) -> float:
     return float((gap / norm) ** 0.5) if norm else float(gap > 0)
 
 
-def _samples(known: dict[str, Any], weights: dict[str, FrozenWeight]) -> list[tuple[str, Tensor, float]]:
+def _samples(known: dict[str, Any], weights: Mapping[str, Weight]) -> list[tuple[str, Tensor, float]]:
     """(place, value here, value recorded) of each sample whose weight is here."""
     return [
         (f"{name}[{row}, {column}]", weights[name].at(row, column).detach(), value)

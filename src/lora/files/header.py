@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,34 @@ CHECKSUM = "lora.sha256"
 BLANK = "0" * 64
 
 
-def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """({tensor name: {"dtype", "shape", "data_offsets"}}, metadata) of a safetensors file.
+_DTYPES = {  # names in torch, and bytes
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """({tensor name: entry}, metadata) of a safetensors file.
 
     Raises:
         LoraError: the file is cut short or is not one.
@@ -28,12 +56,29 @@ def read_header(file: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(opened.read(length))
         metadata = header.pop("__metadata__", {})
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if file.stat().st_size != 8 + length + max(ends, default=0):
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata holds something else than text")
+        end = 0
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            end = _end(key, entry, end)
+        if file.stat().st_size != 8 + length + end:
             raise ValueError("it has another length than its header says")
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        entries = {
+            key: Entry(_DTYPES.get(e["dtype"], (e["dtype"],))[0], tuple(e["shape"])) for key, e in header.items()
+        }
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LoraError(f"{file}: damaged, cut short or no safetensors file ({error}); copy it again") from None
-    return header, metadata
+    return entries, metadata
+
+
+def _end(key: str, entry: dict[str, Any], start: int) -> int:
+    """Where the tensor ends that has to start at `start`, so that the file has no gap and no byte twice."""
+    begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *entry["shape"])) or begin != start or end < begin:
+        raise ValueError(f"{key} has a wrong shape or place")
+    if entry["dtype"] in _DTYPES and end - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]][1]:
+        raise ValueError(f"{key} has another length than its shape says")
+    return int(end)
 
 
 def seal(file: Path) -> None:

@@ -1,33 +1,21 @@
-"""PEFT's adapter_config.json and tensor names, to and from ours."""
+"""PEFT's adapter_config.json, to and from our settings. Needs no torch and no model."""
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from ..bases import weight_kind
-from ..config import LoraConfig, matches
+from ..config import SETTINGS, LoraConfig, matches
 from ..errors import LoraError
-from ..layers.host import Adapter, base_modules
 
-# Ours -> PEFT's, where both say the same.
-_SAME = {
-    "r": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "bias": "bias",
-    "rslora": "use_rslora",
-    "exclude": "exclude_modules",
-    "layers": "layers_to_transform",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-}
+_PEFT = {name: setting.peft for name, setting in SETTINGS.items()}
+# The digest of every file covers the first settings, whatever they are; those that came later where they are set.
+_FIRST = 8
 # Keys that only say how A and B started or where they came from: the tensors decide.
 _HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 # Keys that change what the tensors mean; any value but these is refused by name.
 _MATHS: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -43,31 +31,54 @@ _MATHS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def to_peft(root: nn.Module, adapter: Adapter, targets: Iterable[str]) -> dict[str, Any]:
-    """The contents of adapter_config.json for an adapter on these target modules (full names)."""
-    config, targets = adapter.config, list(targets)
-    modules = dict(base_modules(root))
-    base_name = getattr(root, "name_or_path", None) or adapter.extra.get("base_model_name_or_path")
+def to_peft(
+    config: LoraConfig,
+    extra: dict[str, Any],
+    *,
+    modules: Sequence[str],
+    targets: Sequence[str],
+    fan_in_fan_out: bool,
+    base_name: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Args:
+        extra: what `from_peft` kept of a loaded file.
+        modules, targets: full names of all modules of the base, and of those that hold an update.
+        fan_in_fan_out: whether any target stores its weight as (in, out).
+        base_name, task_type: where the base comes from, and PEFT's word for what it does.
+    """
+    base_name = base_name or extra.get("base_model_name_or_path")
     known: dict[str, Any] = {
-        **{theirs: getattr(config, ours) for ours, theirs in _SAME.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in _PEFT.items()},
         "peft_type": "LORA",
-        "task_type": _task_type(root),
+        "task_type": task_type,
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
         "modules_to_save": _modules_to_save(config, modules) or None,
-        "fan_in_fan_out": any((kind := weight_kind(type(modules[n]))) and kind.transposed for n in targets),
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "use_dora": False,
         "layers_pattern": None,
         "trainable_token_indices": None,
         "target_parameters": None,
     }
+    if config.update in ("lora", "dora"):  # PEFT has a key of its own for these
+        del known[_PEFT["update"]]
     known["target_modules"], known["layers_to_transform"] = _target_modules(config, targets, modules)
     known["lora_alpha"] = _whole(known["lora_alpha"])
     known["alpha_pattern"] = {key: _whole(value) for key, value in config.alpha_pattern.items()}
     here = {"base_model_name_or_path": base_name} if base_name else {}
-    return dict(sorted({**known, **adapter.extra, **here}.items()))
+    return dict(sorted({**known, **extra, **here}.items()))
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """What of adapter_config.json gives the tensors their meaning; the two files of a save belong together by it."""
+    covered = sorted((setting.maths, setting.peft) for setting in SETTINGS.values() if setting.maths)
+    values = [config.get(key) for place, key in covered if place <= _FIRST]
+    values += [[key, config[key]] for place, key in covered if place > _FIRST and config.get(key)]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _whole(number: float) -> float:
@@ -79,10 +90,8 @@ def from_peft(found: dict[str, Any], where: str) -> tuple[LoraConfig, dict[str, 
     """(our config, the keys to keep as they are) from the contents of adapter_config.json.
 
     Raises:
-        LoraError: another method than LoRA, a key that changes the maths and is not supported, a value out of range.
+        LoraError: a key that changes the maths and is not supported, a value out of range.
     """
-    if found.get("peft_type") != "LORA":
-        raise LoraError(f"{where}: peft_type is {found.get('peft_type')!r}; this library reads 'LORA'")
     for key, neutral in _MATHS.items():
         if found.get(key) not in neutral:
             raise LoraError(
@@ -96,25 +105,20 @@ def from_peft(found: dict[str, Any], where: str) -> tuple[LoraConfig, dict[str, 
             "training; convert the adapter to plain LoRA with the tool that made it"
         )
     fields: dict[str, Any] = {"r": 8, "alpha": 8}  # what PEFT takes where a file says nothing
-    fields |= {ours: found[theirs] for ours, theirs in _SAME.items() if found.get(theirs) is not None}
-    if fields.get("exclude") == []:
-        del fields["exclude"]
-    if fields.get("layers") == []:
-        del fields["layers"]
+    fields |= {ours: found[theirs] for ours, theirs in _PEFT.items() if found.get(theirs) not in (None, [])}
+    fields["targets"] = found.get("target_modules") or None
+    fields["init"] = "gaussian" if init == "gaussian" else "kaiming"
     try:
-        config = LoraConfig(
-            **fields,
-            targets=found.get("target_modules") or None,
-            train=found.get("modules_to_save") or [],
-            init="gaussian" if init == "gaussian" else "kaiming",
-        )
+        config = LoraConfig(**fields)
     except LoraError as error:
         raise LoraError(f"{where}: {error}") from None
-    ours = {*_SAME.values(), "target_modules", "modules_to_save", "inference_mode", "fan_in_fan_out"}
+    # How A and B started is kept in the file's own words, of which we know fewer.
+    ours = {*_PEFT.values(), "inference_mode", "fan_in_fan_out"} - {"init_lora_weights"}
     return config, {key: value for key, value in found.items() if key not in ours}
 
 
-def _task_type(root: nn.Module) -> str | None:
+def task_type(root: object) -> str | None:
+    """PEFT's word for what a model does, by its class."""
     name = type(root).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -122,7 +126,7 @@ def _task_type(root: nn.Module) -> str | None:
 
 
 def _target_modules(
-    config: LoraConfig, targets: list[str], modules: dict[str, nn.Module]
+    config: LoraConfig, targets: Sequence[str], modules: Sequence[str]
 ) -> tuple[str | list[str], int | list[int] | None]:
     """(target_modules, layers_to_transform) that PEFT finds the same modules by.
 
@@ -152,7 +156,7 @@ def _peft_selects(names: str | list[str], layers: int | list[int] | None, config
     return index is not None and int(index.group(1)) in (layers if isinstance(layers, list) else [layers])
 
 
-def _modules_to_save(config: LoraConfig, modules: dict[str, nn.Module]) -> list[str]:
+def _modules_to_save(config: LoraConfig, modules: Sequence[str]) -> list[str]:
     """The user's own names where PEFT, which compares the ends of names without a dot, finds the same modules."""
     meant = [name for name in modules if matches(config.train, name)]
     found = [name for name in modules if any(name.endswith(entry) for entry in config.train)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ..errors import LoraError
-from .formats import Example, Format, Message, detect
+from .formats import Example, Message, RowFormat, detect
 from .rows import Row
 from .template import PromptTemplate
 
@@ -99,7 +99,7 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
     return EncodedData(encoded, known.name, max_length, len(rows), dropped, longest, cut, split)
 
 
-def _detect(row: Row, argument: str) -> Format:
+def _detect(row: Row, argument: str) -> RowFormat:
     try:
         return detect(row)
     except LoraError as error:
@@ -121,7 +121,7 @@ def _raise_faults(faults: dict[str, list[int]], argument: str) -> None:
     )
 
 
-def _encode_row(row: Row, known: Format, template: PromptTemplate) -> Iterator[Encoded]:
+def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> Iterator[Encoded]:
     missing = [name for name in known.fields if name not in row]
     if missing:
         raise LoraError(f"lacks {', '.join(missing)}; the first row's format is {known.name}")

@@ -48,7 +48,7 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
-class Format:
+class RowFormat:
     """A way to write a row: the fields that name it, those that a prompt alone needs, and its reader."""
 
     name: str
@@ -57,7 +57,7 @@ class Format:
     read: Callable[[Row, bool], Example]
 
 
-def detect(row: Row, *, answers: bool = True) -> Format:
+def detect(row: Row, *, answers: bool = True) -> RowFormat:
     """The format of a row, by its fields. With `answers=False`, a row may lack its answer (to be generated).
 
     Raises:
@@ -119,11 +119,11 @@ def _read_alpaca(row: Row, answers: bool) -> Example:
     return Example(messages=_turns(prompt, row, "output", answers))
 
 
-def _pair(prompt_field: str, answer_field: str) -> Format:
+def _pair(prompt_field: str, answer_field: str) -> RowFormat:
     def read(row: Row, answers: bool) -> Example:
         return Example(messages=_turns(_text(row, prompt_field), row, answer_field, answers))
 
-    return Format(f"{prompt_field}/{answer_field}", (prompt_field, answer_field), (prompt_field,), read)
+    return RowFormat(f"{prompt_field}/{answer_field}", (prompt_field, answer_field), (prompt_field,), read)
 
 
 def _turns(prompt: str, row: Row, answer_field: str, answers: bool) -> tuple[Message, ...]:
@@ -148,12 +148,12 @@ def _text(holder: dict[str, Any], field: str) -> str:
 
 
 # In order of preference: a row that carries several (Alpaca's sets repeat all as `text`) is the first that fits.
-FORMATS: tuple[Format, ...] = (
-    Format("messages", ("messages",), ("messages",), _read_messages),
-    Format("sharegpt", ("conversations",), ("conversations",), _read_sharegpt),
-    Format("alpaca", ("instruction", "output"), ("instruction",), _read_alpaca),
+FORMATS: tuple[RowFormat, ...] = (
+    RowFormat("messages", ("messages",), ("messages",), _read_messages),
+    RowFormat("sharegpt", ("conversations",), ("conversations",), _read_sharegpt),
+    RowFormat("alpaca", ("instruction", "output"), ("instruction",), _read_alpaca),
     _pair("prompt", "completion"),
     _pair("context", "target"),
     _pair("question", "answer"),
-    Format("text", ("text",), ("text",), _read_text),
+    RowFormat("text", ("text",), ("text",), _read_text),
 )

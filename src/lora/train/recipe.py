@@ -1,16 +1,28 @@
 """The recipe: every choice of a training run, as one validated model.
 
-Field descriptions are the text of `lora train --help`; nothing here imports torch.
+Field descriptions are the text of `lora train --help`. The adapter's own settings come from `LoraConfig`, all of them.
+Nothing here imports torch.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from ..config import SETTINGS, LoraConfig
 from ..errors import LoraError, near
 
 # What a run writes beside the adapter: the recipe as it was run, and the run's numbers.
@@ -18,12 +30,7 @@ RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 
 
-class Recipe(BaseModel):
-    """What to train, on what, how, and where the adapter goes.
-
-    Build it with `Recipe.of(...)` or `load_recipe(path)`: both report every mistake at once as a `LoraError`.
-    """
-
+class _Job(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str = Field(description="Base model: a folder, or a name on the hub.", min_length=1)
@@ -34,17 +41,28 @@ class Recipe(BaseModel):
     out: str = Field(description="Folder for the finished adapter.", min_length=1)
     eval_data: str | None = Field(None, description="Held-out rows; their loss is measured after each epoch.")
 
-    r: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(
-        None, gt=0, description="Scale: the update is multiplied by alpha / r [default: 2 * r]."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
-    targets: str | list[str] = Field(
-        "all-linear", description="Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression."
-    )
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained as well.")
-    train: list[str] = Field(default_factory=list, description="Modules trained whole and saved with the adapter.")
+
+def _settings() -> dict[str, Any]:
+    """Each field of `LoraConfig` as pydantic takes it: (type, field)."""
+    hints = get_type_hints(LoraConfig)
+    found = {}
+    for each in fields(LoraConfig):
+        start = {"default_factory": each.default_factory} if each.default is MISSING else {"default": each.default}
+        found[each.name] = hints[each.name], Field(**start, description=SETTINGS[each.name].help)
+    return found
+
+
+if TYPE_CHECKING:
+    _AdapterJob = _Job
+else:
+    _AdapterJob = create_model("_AdapterJob", __base__=_Job, **_settings())
+
+
+class Recipe(_AdapterJob):
+    """What to train, on what, how, and where the adapter goes.
+
+    Build it with `Recipe.of(...)` or `load_recipe(path)`: both report every mistake at once as a `LoraError`.
+    """
 
     epochs: float | None = Field(
         None, gt=0, description="Passes over the data [default: 1, unless max_steps is given]."
@@ -79,13 +97,24 @@ class Recipe(BaseModel):
     liger: bool = Field(False, description="Run Liger's kernels in the model (on a GPU).")
     log_every: int = Field(10, ge=1, description="Steps between two reports of the loss.")
 
+    @field_validator(*SETTINGS)
+    @classmethod
+    def _setting_fits(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        wrong = list(SETTINGS[name].check(name, value))
+        if wrong:
+            raise ValueError("\n  - ".join(wrong))
+        return value
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "Recipe":
         mistakes = []
+        try:
+            self.adapter()
+        except LoraError as error:
+            mistakes.append(str(error))
         if self.epochs is not None and self.max_steps is not None:
             mistakes.append(f"epochs={self.epochs:g} and max_steps={self.max_steps} both set the length: give one")
-        if self.targets in ("", []):
-            mistakes.append("targets is empty: give 'all-linear', name suffixes or a regular expression")
         if self.max_steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.max_steps:
             mistakes.append(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower warmup_steps"
@@ -95,6 +124,10 @@ class Recipe(BaseModel):
         if mistakes:
             raise ValueError("\n  - ".join(mistakes))
         return self
+
+    def adapter(self) -> LoraConfig:
+        """What `lora.inject` takes as `config`."""
+        return LoraConfig(**{name: getattr(self, name) for name in SETTINGS})
 
     @classmethod
     def of(cls, **fields: Any) -> "Recipe":
@@ -182,7 +215,7 @@ def _sentence(field: str, error: ErrorDetails) -> str:
         return f"unknown key {field!r}{near(field, Recipe.model_fields)}"
     if error["type"] == "missing":
         return f"{field} is missing: {Recipe.model_fields[field].description}"
-    if not field:
+    if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     message = error["msg"].removeprefix("Input should be ")
     return f"{field} is {error['input']!r}; it must be {message} ({Recipe.model_fields[field].description})"

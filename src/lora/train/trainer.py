@@ -20,6 +20,7 @@ from ..bases import weight_of
 from ..errors import LoraError
 from ..files.commit import replaced
 from ..files.fingerprint import quantization
+from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
 from .base import check_quantization, load_base, load_tokenizer, max_positions, pick_dtype
 from .encode import IGNORED, Encoded, EncodedData, encode_rows
@@ -131,7 +132,7 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
 def _check_out(out: Path, force: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise LoraError(f"out: {str(out)!r} is a file; give a folder")
-    if (out / "adapter_config.json").exists() and not force:
+    if (out / CONFIG_FILE).exists() and not force:
         raise LoraError(f"out: {str(out)!r} already holds an adapter; give another folder, or --force to replace it")
     return out
 
@@ -161,16 +162,7 @@ def _steps(recipe: Recipe, rows: int) -> int:
 
 def _adapted(recipe: Recipe) -> Any:
     model = load_base(recipe.model, pick_dtype(recipe.dtype), recipe.quantize)
-    lora.inject(
-        model,
-        r=recipe.r,
-        alpha=recipe.alpha,
-        dropout=recipe.dropout,
-        targets=recipe.targets,
-        bias=recipe.bias,
-        rslora=recipe.rslora,
-        train=recipe.train,
-    )
+    lora.inject(model, config=recipe.adapter())
     if recipe.liger:
         check_liger(model)
     if recipe.offload and not getattr(model, "is_quantized", False):
