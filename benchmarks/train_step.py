@@ -147,7 +147,7 @@ def gate(model: Any) -> None:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from lora.layers import groups
+    from lora.layers import plan
 
     def results(m: Any, embedded: Any, ids: Any) -> dict[str, Any]:
         m.zero_grad(set_to_none=True)
@@ -170,10 +170,10 @@ def gate(model: Any) -> None:
     ids = torch.randint(3, 90, (1, 2048), device=device)
     embedded = model.get_input_embeddings()(ids).detach()
     ours, again = results(model, embedded, ids), results(model, embedded, ids)
-    devices, groups.DEVICES = groups.DEVICES, ()
+    devices, plan.DEVICES = plan.DEVICES, ()
     plain = results(model, embedded, ids)
     exact = results(copy.deepcopy(model).double(), embedded, ids)
-    groups.DEVICES = devices
+    plan.DEVICES = devices
     for name, truth in exact.items():
         errors = [((r[name] - truth).norm() / truth.norm()).item() for r in (ours, plain)]
         print(f"gate: {name} error {errors[0]:.2e}, plain torch's {errors[1]:.2e}", flush=True)

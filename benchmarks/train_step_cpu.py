@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lora
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny-llama-8m"
 

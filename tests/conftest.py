@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 torch.set_num_threads(2)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_llama
-from lora.layers.host import hosts
+from lora.layers import hosts
 from two_kinds import update64
 
 bnb = pytest.importorskip("bitsandbytes")

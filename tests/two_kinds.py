@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from conftest import randomize, snapshot
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

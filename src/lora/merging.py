@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .bases import forget_quantization, into_names, model_dtype
+from .bases import forget_quantization, into_names
 from .errors import LoraError, LoraWarning
 from .exact import How, MergedModule, MergeReport
 from .layers import Kind, base_modules, hosts
+from .layers.frozen import model_dtype
 from .resident import acting, drop, is_merged, resident, unwrap
 
 KEPT_FLOOR = 0.99
@@ -55,7 +56,7 @@ def merge(
         raise LoraError(
             f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
         )
-    known = into_names(root)
+    known = into_names()
     if into is not None and into not in known:
         raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, known))}")
     idle = [name for name in resident(root) if name not in names]

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .bases import is_quantized, weight_of
 from .errors import LoraError
-from .layers import LowRank
 from .layers.frozen import model_dtype
 from .layers.host import base_modules
 from .offload import Offload

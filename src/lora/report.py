@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .bases import is_quantized, model_dtype, weight_of
+from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers import Kind, base_modules, hosts
+from .layers.frozen import model_dtype
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
 from .tables import size, starred, table

@@ -7,8 +7,8 @@ from torch import nn
 
 from .bases import allow_training
 from .errors import LoraError
-from .layers.frozen import settle
 from .layers import Adapter, hosts
+from .layers.frozen import settle
 from .layers.host import activate, detach
 
 

@@ -129,7 +129,7 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
         adapter.config,
         adapter.extra,
         modules=[name for name, _ in base_modules(root)],
-        targets=list(weights),
+        targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
         fan_in_fan_out=any(weight.transposed for weight in weights.values()),
         base_name=getattr(root, "name_or_path", None),
         task_type=task_type(root),

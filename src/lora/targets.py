@@ -2,11 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, same_bits, snapshot
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 from lora.ops.philox import inverse_keep, keep_mask
 from quantized_base import (
     KINDS,

@@ -13,7 +13,7 @@ from torch import Tensor
 import lora
 from conftest import randomize, refused, tiny_llama
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

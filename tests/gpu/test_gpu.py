@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_llama
-from lora.layers import groups
+from lora.layers import plan
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +61,7 @@ def test_error_is_within_twice_plain_torchs_and_repeats(tokens: Tensor, monkeypa
     logits, ours = gradients(model, tokens)
     _, again = gradients(model, tokens)
     assert all(torch.equal(ours[n], again[n]) for n in ours)
-    monkeypatch.setattr(groups, "DEVICES", ())
+    monkeypatch.setattr(plan, "DEVICES", ())
     plain_logits, plain = gradients(model, tokens)
     assert distance(ours, exact) <= 2 * distance(plain, exact)
     assert distance({"y": logits}, {"y": exact_logits}) <= 2 * distance({"y": plain_logits}, {"y": exact_logits})
@@ -117,7 +117,7 @@ def test_two_active_adapters(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) ->
         parameter.requires_grad_(".lora." in name)
     exact_logits, exact = gradients(copy.deepcopy(model).double(), tokens)
     logits, ours = gradients(model, tokens)
-    monkeypatch.setattr(groups, "DEVICES", ())
+    monkeypatch.setattr(plan, "DEVICES", ())
     plain_logits, plain = gradients(model, tokens)
     assert any(".two." in name for name in ours)
     assert distance(ours, exact) <= 2 * distance(plain, exact)

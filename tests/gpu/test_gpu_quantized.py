@@ -71,9 +71,9 @@ def test_error_is_within_twice_dequantize_then_torch_and_repeats(
     assert all(torch.equal(ours[n], again[n]) for n in ours)
     plain = dequantized(model).train()
     exact_logits, exact = gradients(copy.deepcopy(plain).double(), tokens)
-    from lora.layers import groups
+    from lora.layers import plan
 
-    monkeypatch.setattr(groups, "DEVICES", ())
+    monkeypatch.setattr(plan, "DEVICES", ())
     plain_logits, torchs = gradients(plain, tokens)
     assert distance(ours, exact) <= 2 * distance(torchs, exact)
     assert distance({"y": logits}, {"y": exact_logits}) <= 2 * distance({"y": plain_logits}, {"y": exact_logits})

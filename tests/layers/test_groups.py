@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_bert, tiny_llama
-from lora.layers import groups
-from lora.layers.host import hosts
+from lora.layers import groups, hosts, plan
 
 CALLS: list[int] = []
 
@@ -25,9 +24,9 @@ def fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         CALLS.append(len(weights))
         return real(x, weights, *rest, **keywords)
 
-    monkeypatch.setattr(groups, "DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(groups, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(groups, "HAS_TRITON", True)
+    monkeypatch.setattr(plan, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(plan, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(plan, "HAS_TRITON", True)
     monkeypatch.setattr(groups, "fused_linear", counted)
     CALLS.clear()
 
@@ -40,7 +39,7 @@ def model() -> nn.Module:
 def plain(model: nn.Module, run) -> object:  # type: ignore[no-untyped-def]
     """The same without the fused path."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "DEVICES", ())
+        patch.setattr(plan, "DEVICES", ())
         return run(model)
 
 
@@ -260,16 +259,16 @@ def test_summary_says_what_is_fused_and_why_not(
     assert lora.summary(model).groups == 6
     assert "6 groups of linears share an input" in str(lora.summary(model))
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(groups, "DTYPES", (torch.float32, torch.bfloat16))
+        monkeypatch.setattr(plan, "DTYPES", (torch.float32, torch.bfloat16))
         assert runs(model) == {"plain torch (autocast over weights of another dtype)"}
     lora.inject(model, r=2, targets=["q_proj"], name="two", dropout=0.1)
     lora.activate(model, ["default", "two"])
     model.train()
     assert runs(model) == {words, "plain torch (active adapters with different dropout)"}
     lora.activate(model, "default")
-    monkeypatch.setattr(groups, "HAS_TRITON", False)
+    monkeypatch.setattr(plan, "HAS_TRITON", False)
     assert runs(model) == {"plain torch (triton is not installed)", "idle"}
-    monkeypatch.setattr(groups, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(plan, "DTYPES", (torch.bfloat16,))
     assert runs(model) == {"plain torch (float32 compute)", "idle"}
-    monkeypatch.setattr(groups, "DEVICES", ("cuda",))
+    monkeypatch.setattr(plan, "DEVICES", ("cuda",))
     assert runs(model) == {"plain torch (on cpu)", "idle"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import MODELS, randomize
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 
 def pair(build, targets: list[str], ours: dict, theirs: dict) -> tuple[nn.Module, nn.Module]:

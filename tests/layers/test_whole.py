@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora
 from conftest import randomize, same_bits, snapshot
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 from small_net import Net, X, acts, original
 
 

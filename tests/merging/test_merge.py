@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 from two_kinds import DTYPES, TwoKinds, matrix, merge, scale_updates, update64
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from conftest import same_bits, snapshot, unchanged
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 from two_kinds import TwoKinds, merge, merged_model, scale_updates
 
 

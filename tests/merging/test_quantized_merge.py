@@ -15,7 +15,7 @@ import lora
 from conftest import randomize, same_bits, snapshot, state_of, tiny_gpt2, unchanged
 from lora.files.adapter import read
 from lora.files.header import CHECKSUM
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 from quantized_base import (
     KINDS,
     TARGETS,

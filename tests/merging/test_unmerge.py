@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lora
 from conftest import randomize, same_bits, snapshot, unchanged
-from lora.layers.host import adapters_of, hosts
+from lora.layers import adapters_of, hosts
 from tiny_base import EXAMPLE
 from two_kinds import DTYPES, TwoKinds, merge, scale_updates
 

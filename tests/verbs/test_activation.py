@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 import lora
 from conftest import randomize, same_bits, snapshot
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 from small_net import Net, X, original
 
 

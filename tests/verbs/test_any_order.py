@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import lora
 from conftest import same_bits, snapshot
 from lora import LoraError
-from lora.layers.host import hosts
+from lora.layers import hosts
 from small_net import Net, X, original
 
 

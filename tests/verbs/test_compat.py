@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from conftest import MODELS, randomize, same_bits, snapshot, tiny_llama
-from lora.layers.host import hosts
+from lora.layers import hosts
 
 
 @pytest.fixture

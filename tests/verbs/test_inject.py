@@ -9,8 +9,7 @@ from torch import Tensor, nn
 import lora
 from conftest import MODELS, randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
 from lora import LoraConfig, LoraError, LoraWarning
-from lora.layers import LoraLayer
-from lora.layers.host import hosts
+from lora.layers import LoraLayer, hosts
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, refused, same_bits, snapshot, tiny_bert, tiny_llama
-from lora.layers.host import hosts
+from lora.layers import hosts
 from two_kinds import merge as quiet_merge
 
 

@@ -1,6 +1,7 @@
 """The frozen weight of a layer: what each format answers, one file a format, and the table of them."""
 
 from .dense import Dense as Dense
+from .dense import Table as Table
 from .dense import Transposed as Transposed
 from .eight_bit import EightBit as EightBit
 from .four_bit import FourBit as FourBit
@@ -22,5 +23,5 @@ from .weight import unregister as unregister
 from .weight import weight_kind as weight_kind
 from .weight import weight_of as weight_of
 
-for kind in (Dense, Transposed, FourBit, EightBit):
+for kind in (Dense, Table, Transposed, FourBit, EightBit):
     register(kind)

@@ -1,4 +1,4 @@
-"""Weights that are plain matrices: nn.Linear's, and transformers' Conv1D's, which lies the other way round."""
+"""Weights that are plain matrices: nn.Linear's, and transposed ones: transformers' Conv1D's and nn.Embedding's."""
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ class Dense(FrozenWeight):
         return self.dense()[row, column]
 
     def write_(self, rows: slice, values: Tensor) -> None:
-        """Put `values` (n, in) in place of some rows, in the storage's dtype."""
         with torch.no_grad():
             self.dense()[rows].copy_(values)
 
@@ -43,3 +42,11 @@ class Transposed(Dense):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return super().dense(dtype).t()
+
+
+class Table(Transposed):
+    """nn.Embedding: a row for each token, seen as (dim, tokens), since W0 takes a one-hot token to its row."""
+
+    package, classes = "torch.nn.modules.sparse", ("Embedding",)
+    role = "embedding"
+    transposed = False  # for PEFT, which does not say it of a table

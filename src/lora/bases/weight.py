@@ -74,6 +74,10 @@ class FrozenWeight(ABC):
         """The dtype of the module's output for an input x."""
         return x.dtype
 
+    def acts_in(self, plain: torch.dtype | None) -> torch.dtype:
+        """The dtype of its products in a model whose activations have the dtype `plain`, where that is known."""
+        return self.dtype
+
     @abstractmethod
     def stored(self) -> Stored:
         """What the fused operator takes."""
@@ -85,6 +89,10 @@ class FrozenWeight(ABC):
     @abstractmethod
     def at(self, row: int, column: int) -> Tensor:
         """One element, 0-dim; in fp32 where it is dequantized."""
+
+    def write_(self, rows: slice, values: Tensor) -> None:
+        """Put `values` (n, in) in place of some rows, in the storage's dtype. A quantized weight has no such way."""
+        raise NotImplementedError
 
     @property
     def label(self) -> str | None:
@@ -228,8 +236,8 @@ def supported() -> str:
     by_package: dict[str, list[str]] = {}
     for kind in _KINDS:
         by_package.setdefault(kind.package.partition(".")[0], []).extend(kind.classes)
-    owners = ["nn." + listed(names) if package == "torch" else f"{package}' {listed(names)}"
-              for package, names in by_package.items()]  # fmt: skip
+    owners = [f"nn.{name}" for name in by_package.pop("torch", [])]
+    owners += [f"{package}' {listed(names)}" for package, names in by_package.items()]
     return f"supported are {listed(owners)}"
 
 

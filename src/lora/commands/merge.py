@@ -14,7 +14,7 @@ import typer
 from ..errors import LoraError
 
 if TYPE_CHECKING:
-    from ..report import MergeReport
+    from ..exact import MergeReport
 
 WORST = 5  # modules shown after a merge
 MARK = "lora_merge.json"  # tells a folder of ours, which may be replaced, from anyone else's
@@ -69,7 +69,7 @@ def merge(
 
 def _shown(report: "MergeReport") -> str:
     """The report's table, of the modules that kept least; a large model has hundreds."""
-    from ..report import MergeReport
+    from ..exact import MergeReport
 
     worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
     rest = len(report.modules) - len(worst)

@@ -1,6 +1,6 @@
 """Merging into a plain matrix, in place, and the exact way back.
 
-    W = round(W0 + D)      D in float64, rounded to fp32 once; the sum in fp32, rounded once
+W = round(W0 + D)      D in float64, rounded to fp32 once; the sum in fp32, rounded once
 """
 
 from dataclasses import dataclass

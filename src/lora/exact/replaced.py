@@ -63,9 +63,9 @@ def check_into(name: str, frozen: FrozenWeight, into: str | None) -> None:
 def merge_replaced(
     name: str, host: nn.Module, frozen: FrozenWeight, updates: tuple[Update, ...], how: How
 ) -> tuple[MergedModule, Replaced]:
-    """W0 + D in fp32 from the dequantized W0, rounded once to `how.dtype` or quantized once; the module then holds that.
+    """W0 + D in fp32 from the dequantized W0, rounded once or quantized once; the module then holds that.
 
-    Without a dtype it is the weight's own: of the last call where it is int8, and fp16 before any.
+    Rounded to `how.dtype`, or without one to the weight's own: of the last call where it is int8, fp16 before any.
     """
     assert isinstance(frozen, Quantized)
     into, dtype = how.into, how.dtype or frozen.dtype

@@ -13,6 +13,7 @@ from .kind import kind_of as kind_of
 from .kind import register as register
 from .kind import supported as supported
 from .kind import unregister as unregister
+
 from .whole import WholeAdapters as WholeAdapters  # isort: skip  (the table of kinds has the last one first)
 from .embedding import EmbeddingAdapters as EmbeddingAdapters  # isort: skip
 from .linear import LinearAdapters as LinearAdapters  # isort: skip

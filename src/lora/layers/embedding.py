@@ -4,7 +4,7 @@ W0 is seen as (dim, tokens), so that the formula and the files are those of ever
 starts at zero, as in loralib, so that a token that training never sees keeps the base's row, to the bit.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class LoraEmbedding(LoraLayer):
     def forward(self, input: Tensor) -> Tensor:
         adapters: Any = self._modules["lora"]
         y: Tensor = adapters.original.forward(self, input)  # (..., dim)
+        host: Any = self
         terms = adapters.terms
         last: Tensor | None = None
         if adapters.scaled and len(terms) == 1:
@@ -33,7 +34,7 @@ class LoraEmbedding(LoraLayer):
         flat = y.view(-1, y.shape[-1])
         for term, (A, B, s) in pairs:
             # A^T's rows are gathered, as the table's are; a padding token has no gradient there either.
-            h = embedding(input.reshape(-1), A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+            h = embedding(input.reshape(-1), A.t(), host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq)
             if self.training and term.dropout:  # of the one-hot input: its only element that is not zero
                 h = h * dropout(h.new_ones(h.shape[0], 1), term.dropout)
             flat = flat.addmm_(as_dtype(h, y.dtype), as_dtype(B, y.dtype).t(), alpha=s)
@@ -47,7 +48,7 @@ class EmbeddingAdapters(MatrixKind):
 
     layer = LoraEmbedding
     role = "embedding"
-    keys = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+    keys: ClassVar[dict[str, str]] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
     zero = "A"
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..bases import FrozenWeight, is_quantized, keeps_forward, weight_kind
 from ..ops import as_dtype
 from ..ops.frozen_linear import frozen_linear
-from .host import LoraLayer, acting_class, adapters_of, base_modules, original_class, take_class
+from .host import LoraLayer, adapters_of, base_modules, original_class, take_layer
 
 
 class FrozenLinear(LoraLayer):
@@ -34,7 +34,12 @@ def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
     """W0 x + bias, (..., out), in the dtype that the module's own forward gives."""
     if weight.runs_own_forward(host, x):
         return weight.own_forward(host, original_class(host), x)
-    bias, dtype = host._parameters["bias"], weight.compute_dtype(x)
+    return product(weight, x, host._parameters["bias"])
+
+
+def product(weight: FrozenWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    """W0 x + bias over a quantized weight, with gradients."""
+    dtype = weight.compute_dtype(x)
     y = frozen_linear(as_dtype(x, dtype), *weight.stored(), None if bias is None else as_dtype(bias, dtype))
     return as_dtype(y, weight.output_dtype(x))
 
@@ -42,10 +47,9 @@ def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
 def settle(root: nn.Module, carries: bool) -> None:
     """Give the quantized linears that have no adapter the class that fits a model that carries adapters, or not."""
     for _, module in base_modules(root):
-        if adapters_of(module) is None and is_quantized(module):
-            original = original_class(module)
-            if keeps_forward(original):  # else what it computes is not known
-                take_class(module, acting_class(FrozenLinear, original) if carries else original)
+        # What a class with a forward of its own computes is not known.
+        if adapters_of(module) is None and is_quantized(module) and keeps_forward(original_class(module)):
+            take_layer(module, FrozenLinear if carries else None)
 
 
 def model_dtype(root: nn.Module) -> torch.dtype | None:

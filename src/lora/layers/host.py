@@ -183,7 +183,7 @@ def original_class(host: nn.Module) -> type[nn.Module]:
 
 
 def take_layer(host: nn.Module, layer: type[LoraLayer] | None) -> None:
-    """Give a module that carries no adapters, or no longer, the class that `layer` makes of its own class, or its own."""
+    """Give a module without adapters the class that `layer` makes of its own class, or its own."""
     original = original_class(host)
     take_class(host, original if layer is None else acting_class(layer, original))
 

@@ -41,6 +41,7 @@ class Kind(Adapters):
 
     supports: ClassVar[str] = ""  # the classes it takes, in words, where no frozen weight's format names them
     all_linear: ClassVar[bool] = False  # whether targets="all-linear" means its modules
+    by_targets: ClassVar[bool] = True  # whether a part is on a module because `targets` picked it
     weight_is_seen: ClassVar[bool] = False  # whether who reads host.weight, and does not call the host, sees what acts
     group: Any = None  # the hosts that are computed together with this one, where there are any
 
@@ -120,7 +121,8 @@ class Kind(Adapters):
         raise NotImplementedError
 
     def leave(self, host: nn.Module) -> bool:
-        """Before a merged host's adapters go for good: forget the way back. Whether the host was made another module."""
+        """Before a merged host's adapters go for good: forget the way back. True where its weight is quantized no
+        longer."""
         self.undo = None
         return False
 

@@ -1,19 +1,20 @@
 """The linear map: `W0 x + bias`, stored as a matrix of any format."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..errors import LoraError
-from ..ops import add_updates_, lora_linear, scale_output, summed_bias
+from ..ops import add_updates_, as_dtype, lora_linear, scale_output, summed_bias
 from . import groups
-from .frozen import frozen_product
+from .frozen import frozen_product, product
 from .host import LoraLayer
 from .kind import Kind, register
 from .matrix import MatrixKind, apart
-from .plan import Plan, plan
+from .plan import plan
 
 
 class LoraLinear(LoraLayer):
@@ -47,18 +48,24 @@ def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
     if not adapters.scaled:
         return lora_linear(x, adapters.frozen.dense(), bias, updates)
     (term,) = adapters.terms
-    return scale_output(lora_linear(x, adapters.frozen.dense(), None, updates), term.output_scale(adapters.frozen), bias)
+    z = lora_linear(x, adapters.frozen.dense(), None, updates)
+    return scale_output(z, term.output_scale(adapters.frozen), bias if bias is None else as_dtype(bias, z.dtype))
 
 
 def _apart(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
     """The base's product, and the updates on top of it."""
-    y = frozen_product(host, adapters.frozen, x)
-    bias: Tensor | None = host._parameters["bias"]
-    if adapters.scaled and bias is not None:
-        y = y - bias.to(y.dtype)  # it is not scaled
-    y, pairs = apart(y, adapters.terms, adapters.frozen)
-    if adapters.scaled and bias is not None:
-        y = y + bias.to(y.dtype)
+    frozen, bias = adapters.frozen, host._parameters["bias"]
+    later = bias if adapters.scaled else None  # a bias is not scaled
+    if not adapters.quantized:
+        y = linear(x, frozen.dense(), None if adapters.scaled else bias)
+    elif adapters.scaled and not frozen.runs_own_forward(host, x):
+        y = product(frozen, x, None)
+    else:
+        y = frozen_product(host, frozen, x)
+        y = y if later is None else y - later.to(y.dtype)
+    y, pairs = apart(y, adapters.terms, frozen)
+    if later is not None:
+        y = y + later.to(y.dtype)
     for term in adapters.terms:
         if term.bias is not None:
             y = y + (term.bias - bias).to(y.dtype)
@@ -72,7 +79,7 @@ class LinearAdapters(MatrixKind):
 
     layer = LoraLinear
     role = "linear"
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"}
+    keys: ClassVar[dict[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"}
     all_linear = True
 
     def __init__(self, host: nn.Module) -> None:

@@ -9,7 +9,17 @@ from torch.nn.parameter import is_lazy
 from ..bases import FrozenWeight, keeps_forward, other_quantizer, weight_of
 from ..config import LoraConfig
 from ..errors import LoraError
-from ..exact import DenseUndo, How, MergedModule, Replaced, check_into, merge_dense, merge_replaced, unmerge_dense, unmerge_replaced
+from ..exact import (
+    DenseUndo,
+    How,
+    MergedModule,
+    Replaced,
+    check_into,
+    merge_dense,
+    merge_replaced,
+    unmerge_dense,
+    unmerge_replaced,
+)
 from ..ops import scale_output
 from ..updates import Pair, Start, Update, update_named
 from .frozen import FrozenLinear
@@ -164,7 +174,7 @@ class MatrixKind(Kind):
 def apart(y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight) -> tuple[Tensor, list[tuple[Update, Pair]]]:
     """The base's product y under several updates, and the low-rank terms to add to it: their changes add, so
 
-        y = (1 + sum of (c - 1)) W0 x + sum of s (c B) A x
+    y = (1 + sum of (c - 1)) W0 x + sum of s (c B) A x
     """
     scales = [term.output_scale(frozen) for term in terms]
     total: Tensor | None = None

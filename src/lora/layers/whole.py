@@ -14,7 +14,7 @@ from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
 from .host import LoraLayer, adapters_of, base_modules, refresh
-from .kind import Kind, Line, Part, hosts, refuse_stranger, register
+from .kind import Kind, Line, Part, hosts, register
 
 
 class Whole(nn.Module):
@@ -91,6 +91,7 @@ class WholeAdapters(Kind):
     """The copies of one module, by adapter."""
 
     layer = WholeLayer
+    by_targets = False
     weight_is_seen = True
     terms: tuple[Whole, ...]
 

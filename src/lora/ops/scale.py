@@ -75,7 +75,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradients(ctx: Any, dy: Tensor, forward: Any, backward: Any) -> tuple[Tensor | None, ...]:
-    """Of z, scale and bias; z is not there where scale needs no gradient, and dz = scale * dy is a forward pass then."""
+    """Of z, scale and bias; where scale needs no gradient z is not there, and dz = scale * dy is a forward pass."""
     z, scale = ctx.saved_tensors
     dz, dscale = (forward(dy, scale, None), None) if z is None else backward(dy, z, scale)
     return dz, dscale, _matrix(dy).sum(0) if ctx.needs_input_grad[2] else None

@@ -8,8 +8,7 @@ import torch
 
 from ..bases.bitsandbytes import require_bitsandbytes
 from ..errors import LoraError
-from ..layers import LinearAdapters
-from ..layers.host import hosts
+from ..layers import hosts
 from ..targets import output_heads
 from .quiet import quiet
 from .recipe import Recipe
@@ -62,8 +61,8 @@ def check_liger(model: Any) -> None:
     if kind not in known:
         raise LoraError(f"liger: it has no kernels for a model of type {kind!r}; leave it out")
     heads = set(output_heads(model))
-    for name, _, _ in hosts(model, LinearAdapters):
-        if name in heads:
+    for name, _, adapters in hosts(model):
+        if name in heads and not adapters.weight_is_seen:
             raise LoraError(
                 f"liger: its loss reads the weight of {name!r} without calling it, so an adapter there would not "
                 "train; leave it out of targets, or leave liger out"

@@ -2,8 +2,8 @@
 
     W = m * V / ||V||        V = W0 + s B A, ||V|| by row, a constant in the backward pass        m: (out,)
 
-m starts at ||W0||, so that a fresh adapter changes nothing. Under dropout the update alone sees the dropped input, as in
-plain LoRA.
+m starts at ||W0||, so that a fresh adapter changes nothing. Under dropout the update alone sees the dropped input, as
+in plain LoRA.
 """
 
 import torch

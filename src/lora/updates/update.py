@@ -104,7 +104,7 @@ def change(updates: Sequence[Update], scales: Sequence[Tensor | None], rows: sli
     scale: Tensor | None = None
     for update, c in zip(updates, scales, strict=True):
         pairs = [(A.to(device), B.to(device), s) for A, B, s in update.pairs()]
-        added = low_rank_product(pairs, rows)
+        added = low_rank_product(pairs, rows, torch.float64)
         if c is not None:
             c = c[rows, None].to(device)
             added = added * c
