@@ -140,7 +140,9 @@ class MatrixKind(Kind):
 
     def written(self, host: nn.Module) -> list[Tensor]:
         tensors = [] if self.quantized else [self.frozen.parameter]  # one that is replaced stays whole for others
-        return tensors + [host.get_parameter("bias")] * any(term.bias is not None for term in self.terms)
+        if any(term.bias is not None for term in self.terms):
+            tensors.append(host.get_parameter("bias"))
+        return tensors
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         if self.quantized:
