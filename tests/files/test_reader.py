@@ -166,6 +166,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not read(tmp_path / "new" / "folder").paired
 
 
+def test_inspect_names_an_update_that_is_not_plain(folder: Path) -> None:
+    assert "update" not in str(describe(folder))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "lora_update": "mine", "use_rslora": True}))
+    assert "settings: r 1, alpha 2, dropout 0.0, rsLoRA, update mine\n" in str(describe(folder))
+
+
 def test_reading_needs_no_torch(folder: Path) -> None:
     code = f"""
 import sys
