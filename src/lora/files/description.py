@@ -76,6 +76,8 @@ class Description:
         config = self.file.config
         parts = [f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout', 0)}"]
         parts += [name for key, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if config.get(key)]
+        if config.get("lora_update"):
+            parts.append(f"update {config['lora_update']}")
         if config.get("bias", "none") != "none":
             parts.append(f"bias {config['bias']}")
         if config.get("modules_to_save"):

@@ -64,7 +64,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if file.stat().st_size != 8 + length + end:
             raise ValueError("it has another length than its header says")
         entries = {
-            key: Entry(_DTYPES.get(e["dtype"], (e["dtype"],))[0], tuple(e["shape"])) for key, e in header.items()
+            key: Entry(_DTYPES.get(e["dtype"], (e["dtype"].lower(),))[0], tuple(e["shape"]))
+            for key, e in header.items()
         }
     except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LoraError(f"{file}: damaged, cut short or no safetensors file ({error}); copy it again") from None
