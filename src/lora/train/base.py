@@ -26,7 +26,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
 
     Args:
         dtype: of all that is not quantized ("auto": as it is stored), and of the products with weights that become NF4.
-        quantize: one of `bases.model.loadable()`, such as "nf4"; "none" takes the model as it is stored.
+        quantize: one of `bases.loadable()`, such as "nf4"; "none" takes the model as it is stored.
         device: of a quantized model; None is the GPU where there is one.
 
     Raises:
