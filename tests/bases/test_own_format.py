@@ -345,10 +345,9 @@ def test_its_own_forward_runs_where_the_format_says_so(monkeypatch: pytest.Monke
 
 def test_whoever_trains_or_saves_the_model_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(RowWeight, "enter_model", lambda root: told.append("enter"))
-    monkeypatch.setattr(RowWeight, "leave_model", lambda root: told.append("leave"))
+    monkeypatch.setattr(RowWeight, "allow_training", lambda root, allowed: told.append(allowed))
     monkeypatch.setattr(RowWeight, "forget", lambda root, names: told.append(names))
     model = adapted()
-    assert told == ["enter"]
+    assert told == [True]
     lora.merge(model, unload=True)
-    assert told == ["enter", "leave", ["0", "4"]]
+    assert told == [True, False, ["0", "4"]]
