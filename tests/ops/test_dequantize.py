@@ -318,6 +318,25 @@ def test_kernel_int8(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("kind", "block", "nested"), [("nf4", 64, 256), ("fp4", 32, 0), ("int8", 0, 0)])
+def test_kernel_that_a_layout_launches(kind: str, block: int, nested: int) -> None:
+    parts, form = made(kind, (9, 41), block, nested)
+    truth = dequantize(parts, form, torch.float16)
+    if block:
+        parts[0] = parts[0].view(1, -1)
+    launch = layout(form).launch(parts)
+    assert launch is not None
+    assert same_bits(launch(poisoned((9, 41), torch.float16)), truth)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("block", [4, 48])
+def test_kernel_takes_no_other_blocks(block: int) -> None:
+    parts, form = made("nf4", (9, 41), block)
+    assert layout(form).launch(parts) is None
+
+
+@needs_interpreter
 def test_kernel_of_no_rows() -> None:
     from lora.kernels.dequantize import four_bit, int8
 

@@ -14,6 +14,7 @@ from .others import TO_SKIP as TO_SKIP
 from .others import other_quantizer as other_quantizer
 from .weight import FrozenWeight as FrozenWeight
 from .weight import Quantized as Quantized
+from .weight import Stored as Stored
 from .weight import is_quantized as is_quantized
 from .weight import keeps_forward as keeps_forward
 from .weight import kinds as kinds

@@ -50,21 +50,15 @@ class BitsAndBytes(Quantized):
         require_bitsandbytes(why)
 
     @classmethod
-    def enter_model(cls, root: nn.Module) -> None:
+    def allow_training(cls, root: nn.Module, allowed: bool) -> None:
         """Let transformers' Trainer take the model, which it refuses unless it sees an adapter that it knows.
 
-        It asks the model's quantizer; that one object takes a subclass that says yes, and its own class again at the
-        end.
+        It asks the model's quantizer; that one object takes a subclass that says yes, and its own class at the end.
         """
         quantizer = _quantizer(root)
-        if quantizer is not None and type(quantizer) not in _CLASSES.values():
-            quantizer.__class__ = _trainable(type(quantizer))
-
-    @classmethod
-    def leave_model(cls, root: nn.Module) -> None:
-        quantizer = _quantizer(root)
-        if quantizer is not None and type(quantizer) in _CLASSES.values():
-            quantizer.__class__ = type(quantizer).__mro__[1]
+        kind = type(quantizer)
+        if quantizer is not None and allowed != (kind in _CLASSES.values()):
+            quantizer.__class__ = _trainable(kind) if allowed else kind.__mro__[1]
 
     @classmethod
     def forget(cls, root: nn.Module, names: Iterable[str]) -> None:
@@ -86,13 +80,10 @@ class BitsAndBytes(Quantized):
     def after_loading(cls, model: Any) -> None:
         """Let the model be saved: transformers 5 wants to undo each step of its reading, and cannot undo bitsandbytes',
         of which nothing needs to be undone."""
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(
-                type(step).__module__.endswith(".bitsandbytes") for step in getattr(conversion, "operations", [])
-            )
-        ]
+        found = getattr(model, "_weight_conversions", None) or []
+        steps = [[type(step).__module__ for step in getattr(conversion, "operations", [])] for conversion in found]
+        ours = [any(module.endswith(".bitsandbytes") for module in modules) for modules in steps]
+        model._weight_conversions = [conversion for conversion, its in zip(found, ours, strict=True) if not its]
 
 
 def require_bitsandbytes(why: str) -> None:

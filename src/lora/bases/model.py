@@ -11,7 +11,7 @@ from .weight import FrozenWeight, Quantized, kinds
 def allow_training(root: nn.Module, allowed: bool) -> None:
     """Let others, such as transformers' Trainer, train a quantized model that carries adapters, or no longer."""
     for kind in kinds():
-        kind.enter_model(root) if allowed else kind.leave_model(root)
+        kind.allow_training(root, allowed)
 
 
 def forget_quantization(root: nn.Module, names: Iterable[str]) -> None:

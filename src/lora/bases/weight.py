@@ -42,14 +42,8 @@ class FrozenWeight(ABC):
 
         A module whose class has another `forward` computes something else, and is left alone.
         """
-        for c in module_class.__mro__:
-            if c.__qualname__ in cls.classes and f"{c.__module__}.".startswith(f"{cls.package}."):
-                return c
-        return None
-
-    @classmethod
-    def takes(cls, module_class: type[nn.Module]) -> bool:
-        return cls.plain_class(module_class) is not None
+        within, bases = f"{cls.package}.", module_class.__mro__
+        return next((c for c in bases if c.__qualname__ in cls.classes and f"{c.__module__}.".startswith(within)), None)
 
     @property
     def parameter(self) -> Tensor:
@@ -114,12 +108,8 @@ class FrozenWeight(ABC):
     # What a model with such weights needs of others: for every registered format, whether the model has one or not.
 
     @classmethod
-    def enter_model(cls, root: nn.Module) -> None:
-        """The model carries adapters from now on, and others may train it; told again with each adapter."""
-
-    @classmethod
-    def leave_model(cls, root: nn.Module) -> None:
-        """The last adapter has left the model."""
+    def allow_training(cls, root: nn.Module, allowed: bool) -> None:
+        """The model carries adapters from now on, so that others may train it, or no longer; told with each adapter."""
 
     @classmethod
     def forget(cls, root: nn.Module, names: Iterable[str]) -> None:
@@ -210,7 +200,7 @@ def kinds() -> tuple[type[FrozenWeight], ...]:
 
 def weight_kind(module_class: type[nn.Module], role: str = "linear") -> type[FrozenWeight] | None:
     """The format of the modules of a class, or None where no format of this role takes it."""
-    return next((kind for kind in reversed(_KINDS) if kind.role == role and kind.takes(module_class)), None)
+    return next((kind for kind in reversed(_KINDS) if kind.role == role and kind.plain_class(module_class)), None)
 
 
 def weight_of(module: nn.Module, role: str = "linear") -> FrozenWeight | None:

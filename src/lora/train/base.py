@@ -26,7 +26,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
 
     Args:
         dtype: of all that is not quantized ("auto": as it is stored), and of the products with weights that become NF4.
-        quantize: one of `bases.model.loadable()`, such as "nf4"; "none" takes the model as it is stored.
+        quantize: one of `bases.loadable()`, such as "nf4"; "none" takes the model as it is stored.
         device: of a quantized model; None is the GPU where there is one.
 
     Raises:
@@ -35,7 +35,7 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     """
     from transformers import AutoModelForCausalLM
 
-    stored, kind = _check_quantization(name, quantize)
+    stored, kind = check_quantization(name, quantize)
     options: dict[str, Any] = {}
     if stored is not None or quantize != "none":
         place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -54,17 +54,12 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     return model
 
 
-def check_quantization(name: str, quantize: str) -> str | None:
-    """How the model is stored: a quantization's name, such as "nf4", or None for not quantized.
+def check_quantization(name: str, quantize: str) -> tuple[str | None, type[FrozenWeight] | None]:
+    """How the model is stored, a quantization's name or None for not quantized, and the format that knows it.
 
     Raises:
         LoraError: `quantize` is unknown or asks for another quantization, or a package that it needs is missing.
     """
-    return _check_quantization(name, quantize)[0]
-
-
-def _check_quantization(name: str, quantize: str) -> tuple[str | None, type[FrozenWeight] | None]:
-    """`check_quantization`, and the format that knows how the model is stored."""
     known = loadable()
     if quantize != "none" and quantize not in known:
         raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(['none', *known])}")
