@@ -55,8 +55,6 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     """The record of an adapter to be, after the checks that need no module."""
     others = resident(root)
     check_root(root)
-    if config.update != "lora":
-        raise LoraError(f"update: got {config.update!r}; allowed is 'lora'")
     if torch.is_inference_mode_enabled():
         raise LoraError("model: under torch.inference_mode() nothing can train; leave it (torch.no_grad() is fine)")
     if name in others:

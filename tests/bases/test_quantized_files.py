@@ -11,7 +11,7 @@ import lora
 from conftest import tiny_llama, unchanged
 from quantized_base import KINDS, SIZES, adapted, distance, llama, tokens
 
-NAMES = {None: "bfloat16, not quantized", "nested nf4": "double-quantised nf4"}
+NAMES = {None: "bfloat16, not quantized", "nested nf4": "double-quantized nf4"}
 
 
 @pytest.mark.parametrize("there", [None, *KINDS])

@@ -139,7 +139,9 @@ def test_what_changes_between_two_members_is_seen(change: str) -> None:
     else:
         lora.merge(model)
         lora.unmerge(model)
-    assert torch.equal(copy.deepcopy(model)[0].k_proj(x), net.k_proj(x))
+    torch.testing.assert_close(
+        copy.deepcopy(model)[0].k_proj(x), net.k_proj(x)
+    )  # alone or not: other sums on some CPUs
     torch.testing.assert_close(net.k_proj(x), plain(net, lambda m: m.k_proj(x)))
 
 

@@ -183,9 +183,9 @@ def test_accelerates_hooks_do_not_pass_the_adapter_by() -> None:
 REFUSED = [
     ({"targets": ["q_prj"]}, "targets: 'q_prj' fits no module.*near names: q_proj"),
     ({"targets": ["q_proj", "nope"]}, "'nope' fits no module"),
-    ({"targets": "q_proj"}, "fits no linear module's full name"),
+    ({"targets": "q_proj"}, "fits no adaptable module's full name"),
     ({"targets": ["self_attn"]}, "a LlamaAttention; supported are.*inside it there are: q_proj"),
-    ({"targets": ["embed_tokens"]}, "a Embedding; supported"),
+    ({"targets": ["norm"]}, "a LlamaRMSNorm; supported are nn.Linear, nn.Embedding, transformers' Conv1D and"),
     ({"targets": []}, r"targets: got \[\]"),
     ({"targets": "("}, "no regular expression"),
     ({"r": 0, "targets": ["q_proj"]}, "r: got 0; the rank is a whole number of at least 1"),

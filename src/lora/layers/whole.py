@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import is_quantized
+from ..bases import TO_SKIP, is_quantized
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
 from ..exact import How, MergedModule, Plain
@@ -187,7 +187,7 @@ def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> 
             if quantized or any(not p.is_floating_point() for _, p in own):
                 raise LoraError(
                     f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
-                    "with it left out of the quantization"
+                    f"with it in {TO_SKIP}"
                 )
             if not own:
                 raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
