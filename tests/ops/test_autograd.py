@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora import LoraError
 from lora.ops import autograd
+from lora.ops.call import Call
 from lora.ops.frozen_linear import frozen_linear
 from lora.ops.operator import fused_linear
 from lora.ops.recompute import remake
-from lora.ops.reference import Matrices
 
 
 def factors() -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ def test_a_checkpoint_holds_no_copies_of_A_and_B(monkeypatch: pytest.MonkeyPatch
     alive: list[weakref.ref[Tensor]] = []
     real = autograd.products
 
-    def spied(x: Tensor, h: Tensor, matrices: Matrices, biases: list[Tensor], B: list[Tensor]):  # type: ignore[no-untyped-def]
-        alive.append(weakref.ref(B[0]))
-        return real(x, h, matrices, biases, B)
+    def spied(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Tensor]:
+        alive.append(weakref.ref(call.B[0]))
+        return real(x, h, call, biases)
 
     monkeypatch.setattr(autograd, "products", spied)
     gate, _ = factors()

@@ -264,9 +264,8 @@ def test_the_path_of_the_card_is_the_plain_one(
     """
     import contextlib
 
-    from lora.kernels import linear
     from lora.kernels.tuning import Card
-    from lora.ops import reference
+    from lora.ops import dispatch, launch, plan
     from lora.ops.operator import fused_linear
 
     for name, value in (
@@ -277,9 +276,10 @@ def test_the_path_of_the_card_is_the_plain_one(
         monkeypatch.setattr(torch.cuda, name, value)
     log: list[str] = []
     main, side = _Stream("main", log), _Stream("side", log)
-    monkeypatch.setattr(linear, "_side_stream", lambda device: side)
-    monkeypatch.setattr(linear, "SMALL", 4)
-    monkeypatch.setattr(linear, "card", lambda device: Card(major, 4, 0))
+    monkeypatch.setattr(launch, "_side_stream", lambda device: side)
+    monkeypatch.setattr(plan, "SMALL", 4)
+    monkeypatch.setattr(launch, "plan", plan.plan.__wrapped__)  # what is kept by shape knows another SMALL
+    monkeypatch.setattr(launch, "card", lambda device: Card(major, 0, 0))
     mm = torch.mm
 
     def cublas(left: Tensor, right: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -289,7 +289,6 @@ def test_the_path_of_the_card_is_the_plain_one(
         return out.copy_(mm(left.to(out_dtype), right.to(out_dtype)))  # a CPU has no out_dtype
 
     monkeypatch.setattr(torch, "mm", cublas)
-    monkeypatch.setattr(linear, "fuses", lambda *tensors: True)
     left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
     weights = [(random(n, 256) / 16).half() for n in (64, 256)]
     formats = ""
@@ -304,7 +303,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     leaves = [left, *([right] if product_of_two else []), *(t for group in (*A, *B) for t in group)]
 
     def results(with_kernels: bool) -> list[Tensor]:
-        monkeypatch.setattr(reference, "_in_triton", lambda x: with_kernels)
+        monkeypatch.setattr(dispatch, "in_kernels", lambda x: with_kernels)
         x = left * right if product_of_two else left * 1.0
         ys = fused_linear(x, weights, None, A, B, [[2.0], [1.0]], p, seed, formats)
         dys = [random(*y.shape).half() for y in ys]
