@@ -127,7 +127,8 @@ def shrink_step_(engine: str, out: Tensor, x: Tensor, w: Tensor, scales: Tensor,
     if engine == TRITON:
         shrink_(out, x, w, scales, seed, limit, inv_keep)
         return
-    if engine == COPY and seed is not None:
+    assert (engine == COPY) == (seed is not None)
+    if seed is not None:
         x = dropped(x, seed, limit)
     torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
 
@@ -138,7 +139,8 @@ def outer_step_(engine: str, out: Tensor, p: Tensor, x: Tensor, mask: Mask = NO_
     if engine == TRITON:
         outer_(out, p, x, seed, limit)
         return
-    if engine == COPY and seed is not None:
+    assert (engine == COPY) == (seed is not None)
+    if seed is not None:
         x = dropped(x, seed, limit)
     torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
 
