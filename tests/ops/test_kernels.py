@@ -173,6 +173,27 @@ def test_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_scale_on_the_card_is_the_plain_one(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    from lora.ops import scale
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    z, dy = random(3, 21, 341).half().requires_grad_(), random(341, 3, 21).half().permute(1, 2, 0)
+    c, b = random(341).requires_grad_(), random(341, 1).half().view(-1).requires_grad_() if bias else None
+    leaves = [t for t in (z, c, b) if t is not None]
+
+    def results(with_kernels: bool) -> list[Tensor]:
+        monkeypatch.setattr(scale, "_in_kernels", lambda z: with_kernels)
+        y = scale.scale_output(z, c, b)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    for mine, plain in zip(results(True), results(False), strict=True):
+        assert mine.shape == plain.shape and close(mine, plain.double())
+
+
+@needs_interpreter
 def test_gemm_reads_a_slice_of_h() -> None:
     from lora.kernels.gemm import can_describe, gemm_
 

@@ -43,8 +43,8 @@ def products(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Ten
     ys = []
     for i, (b, columns) in enumerate(zip(call.B, call.columns(), strict=True)):
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
-        # is as fast. The thin product first and the large one into it is 8 us faster than the other way at 8192 x 4096;
-        # with a bias it would round otherwise than the base does, so there the base's product comes first.
+        # is as fast. The thin product first and the large one into it is faster than the other way; with a bias it
+        # would round otherwise than the base does, so there the base's product comes first.
         h_i = h[:, columns]
         if biases:
             ys.append(torch.nn.functional.linear(x, call.matrices[i], biases[i]).addmm_(h_i, b.t()))
