@@ -21,7 +21,7 @@ from on_gpu import race
 from torch import Tensor
 
 from lora.ops.operator import fused_linear
-from lora.ops.philox import draw_seed, inverse_keep, keep_mask, threshold
+from lora.ops.philox import draw_seed, inverse_keep, keep_mask
 
 DEVICE, DTYPE, SCALING = "cuda", torch.bfloat16, 2.0
 GROUPS = {"q+k+v": (4096, (4096, 1024, 1024)), "gate+up": (4096, (14336, 14336))}
@@ -196,8 +196,10 @@ def passes(case: Case) -> dict[str, float]:
     dy is counted once, also at the ranks where cuBLAS reads it a second time; x is counted once, also where a masked
     copy of it is made first, whose time is in the rate.
     """
-    from lora.kernels import linear
     from lora.kernels.gradients import gradients_
+    from lora.ops import launch
+    from lora.ops.call import Call, Matrices
+    from lora.ops.plan import ONCE
 
     x, dy, r, p = [t.detach() for t in case.xs], [d[0] for d in case.dys], case.A[0].shape[0], case.dropout
     a, b = case.A[0].detach().to(DTYPE), case.B[0].detach().to(DTYPE)
@@ -205,17 +207,19 @@ def passes(case: Case) -> dict[str, float]:
     dA, dB = torch.empty(a.shape, device=DEVICE), torch.empty(b.shape, device=DEVICE)
     scales = torch.full((r,), SCALING, device=DEVICE)
     seed = draw_seed(torch.device(DEVICE)) if p else None
+    call = Call(Matrices(case.weights[:1], "", DTYPE), a, [b], scales, p, seed)
+    steps, mask = launch.steps_of(x[0], call, dy[:1]), launch.mask_of(call)
 
     def dy_passes(i: int) -> None:
-        if linear.reads_once(dy[i], r):
+        if steps.dyB[0].engine == ONCE:
             return gradients_(g, dB, dy[i], h, b, scales, 1.0)
-        linear._shrink_(g, dy[i], b.t(), scales, 1.0, None, 0)
-        linear._outer_(dB, dy[i], h)
+        launch.shrink_step_(steps.dyB[0].engine, g, dy[i], b.t(), scales, launch.NO_MASK)
+        launch.outer_step_(steps.dB[0].engine, dB, dy[i], h)
 
     runs = {
-        "xA": lambda i: linear._shrink_(h, x[i], a, scales, inverse_keep(p), seed, threshold(p)),
+        "xA": lambda i: launch.shrink_step_(steps.hidden.engine, h, x[i], a, scales, mask),
         "dyB_dB": dy_passes,
-        "dA": lambda i: linear._outer_(dA, g, x[i], seed, threshold(p)),
+        "dA": lambda i: launch.outer_step_(steps.dA.engine, dA, g, x[i], mask),
     }
     tall = {"xA": x[0], "dyB_dB": dy[0], "dA": x[0]}
     return {name: tall[name].numel() * 2 / t / 1e6 for name, t in race(runs, calls=8, heat=0.05).items()}

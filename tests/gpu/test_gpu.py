@@ -17,11 +17,12 @@ pytestmark = pytest.mark.gpu
 def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything once as the rules have it for a small batch, by cuBLAS, and once by the kernels on two streams."""
     if request.param == "many rows":
-        from lora.kernels import linear
         from lora.kernels.tuning import card
+        from lora.ops import launch, plan
 
-        monkeypatch.setattr(linear, "SMALL", 0)
-        monkeypatch.setattr(linear, "card", lambda device: card(device)._replace(processors=1))
+        monkeypatch.setattr(plan, "SMALL", 0)
+        monkeypatch.setattr(launch, "plan", plan.plan.__wrapped__)
+        monkeypatch.setattr(launch, "card", lambda device: card(device)._replace(processors=1))
 
 
 def build(dtype: torch.dtype = torch.bfloat16, **keywords: object) -> nn.Module:

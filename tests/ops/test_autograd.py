@@ -1,6 +1,8 @@
 """What eager calls keep, when they make an input again, and how they sit between autograd, checkpoints and tracers."""
 
+import ast
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora import LoraError
 from lora.ops import autograd
+from lora.ops.call import Call
 from lora.ops.frozen_linear import frozen_linear
 from lora.ops.operator import fused_linear
 from lora.ops.recompute import remake
-from lora.ops.reference import Matrices
 
 
 def factors() -> tuple[Tensor, Tensor]:
@@ -75,9 +77,9 @@ def test_a_checkpoint_holds_no_copies_of_A_and_B(monkeypatch: pytest.MonkeyPatch
     alive: list[weakref.ref[Tensor]] = []
     real = autograd.products
 
-    def spied(x: Tensor, h: Tensor, matrices: Matrices, biases: list[Tensor], B: list[Tensor]):  # type: ignore[no-untyped-def]
-        alive.append(weakref.ref(B[0]))
-        return real(x, h, matrices, biases, B)
+    def spied(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Tensor]:
+        alive.append(weakref.ref(call.B[0]))
+        return real(x, h, call, biases)
 
     monkeypatch.setattr(autograd, "products", spied)
     gate, _ = factors()
@@ -132,6 +134,72 @@ def test_two_backward_passes_and_gradients_of_a_part() -> None:
     again = torch.autograd.grad(y, [gate, A, B])
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
     same_gradients(gate * up, (gate, up))
+
+
+def two() -> tuple[Tensor, list[Tensor], list[list[Tensor]], list[list[Tensor]], list[Tensor]]:
+    """x, weights, A, B and biases of two targets."""
+    generator = torch.Generator().manual_seed(2)
+    x, *weights = (torch.randn(*shape, generator=generator) for shape in ((6, 12), (10, 12), (7, 12)))
+    A = [[torch.randn(3, 12, generator=generator).requires_grad_()] for _ in weights]
+    B = [[torch.randn(w.shape[0], 3, generator=generator).requires_grad_()] for w in weights]
+    return x.requires_grad_(), weights, A, B, [torch.zeros(w.shape[0], requires_grad=True) for w in weights]
+
+
+def test_outputs_one_after_the_other_and_together() -> None:
+    """Each pass hands over its own dys, and keeps nothing of another's."""
+    x, weights, A, B, biases = two()
+    leaves = [x, A[0][0], A[1][0], B[0][0], B[1][0], *biases]
+    first, second = fused_linear(x, weights, biases, A, B, [[1.0], [0.5]])
+
+    def found(*ys: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad([y.sin().sum() for y in ys], leaves, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)]
+
+    one, other, both = found(first), found(second), found(first, second)
+    assert not one[2].any() and not other[1].any()
+    for a, b, whole in zip(one, other, both, strict=True):
+        torch.testing.assert_close(a + b, whole, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(found(first), one, strict=True))
+
+
+def test_gradients_of_the_biases_alone_compute_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights, A, B, biases = two()
+    ys = fused_linear(x, weights, biases, A, B, [[1.0], [0.5]])
+    monkeypatch.setattr(autograd, "backward", None)
+    found = torch.autograd.grad([y.sum() for y in ys], biases)
+    assert all(torch.equal(g, torch.full_like(g, 6)) for g in found)
+
+
+def test_a_backward_pass_leaves_nothing_alive() -> None:
+    x, weights, A, B, biases = two()
+    ys = fused_linear(x * 1.0, weights, biases, A, B, [[1.0], [0.5]])
+    node = weakref.ref(ys[0].grad_fn.next_functions[0][0])
+    dys = [torch.ones_like(y) for y in ys]
+    alive = [weakref.ref(t) for t in (*ys, *dys)]
+    torch.autograd.backward(ys, dys)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.backward(ys, dys)
+    del ys, dys
+    assert node() is None
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_deterministic_mode_and_anomaly_mode() -> None:
+    gate, up = factors()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.detect_anomaly(check_nan=True):
+            same_gradients(gate * up, (gate, up))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_node_reads_no_tensors_that_another_saved() -> None:
+    """But what makes an input again, which is there for that."""
+    for path in Path(autograd.__file__).parent.glob("*.py"):
+        read = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+        owners = {ast.unparse(n.value) for n in read if n.attr == "saved_tensors"}
+        assert owners <= {"ctx"} or path.stem == "recompute", (path, owners)
 
 
 def test_a_call_in_inference_mode_does_not_spoil_the_next() -> None:

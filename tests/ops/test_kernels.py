@@ -173,6 +173,27 @@ def test_scale(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_scale_on_the_card_is_the_plain_one(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    from lora.ops import scale
+
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    z, dy = random(3, 21, 341).half().requires_grad_(), random(341, 3, 21).half().permute(1, 2, 0)
+    c, b = random(341).requires_grad_(), random(341, 1).half().view(-1).requires_grad_() if bias else None
+    leaves = [t for t in (z, c, b) if t is not None]
+
+    def results(with_kernels: bool) -> list[Tensor]:
+        monkeypatch.setattr(scale, "_in_kernels", lambda z: with_kernels)
+        y = scale.scale_output(z, c, b)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    for mine, plain in zip(results(True), results(False), strict=True):
+        assert mine.shape == plain.shape and close(mine, plain.double())
+
+
+@needs_interpreter
 def test_gemm_reads_a_slice_of_h() -> None:
     from lora.kernels.gemm import can_describe, gemm_
 
@@ -264,9 +285,8 @@ def test_the_path_of_the_card_is_the_plain_one(
     """
     import contextlib
 
-    from lora.kernels import linear
     from lora.kernels.tuning import Card
-    from lora.ops import reference
+    from lora.ops import dispatch, launch, plan
     from lora.ops.operator import fused_linear
 
     for name, value in (
@@ -277,9 +297,10 @@ def test_the_path_of_the_card_is_the_plain_one(
         monkeypatch.setattr(torch.cuda, name, value)
     log: list[str] = []
     main, side = _Stream("main", log), _Stream("side", log)
-    monkeypatch.setattr(linear, "_side_stream", lambda device: side)
-    monkeypatch.setattr(linear, "SMALL", 4)
-    monkeypatch.setattr(linear, "card", lambda device: Card(major, 4, 0))
+    monkeypatch.setattr(launch, "_side_stream", lambda device: side)
+    monkeypatch.setattr(plan, "SMALL", 4)
+    monkeypatch.setattr(launch, "plan", plan.plan.__wrapped__)  # what is kept by shape knows another SMALL
+    monkeypatch.setattr(launch, "card", lambda device: Card(major, 0, 0))
     mm = torch.mm
 
     def cublas(left: Tensor, right: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -289,7 +310,6 @@ def test_the_path_of_the_card_is_the_plain_one(
         return out.copy_(mm(left.to(out_dtype), right.to(out_dtype)))  # a CPU has no out_dtype
 
     monkeypatch.setattr(torch, "mm", cublas)
-    monkeypatch.setattr(linear, "fuses", lambda *tensors: True)
     left, right = (random(40, 256 + i)[:, :256].contiguous().half().requires_grad_() for i in range(2))
     weights = [(random(n, 256) / 16).half() for n in (64, 256)]
     formats = ""
@@ -304,7 +324,7 @@ def test_the_path_of_the_card_is_the_plain_one(
     leaves = [left, *([right] if product_of_two else []), *(t for group in (*A, *B) for t in group)]
 
     def results(with_kernels: bool) -> list[Tensor]:
-        monkeypatch.setattr(reference, "_in_triton", lambda x: with_kernels)
+        monkeypatch.setattr(dispatch, "in_kernels", lambda x: with_kernels)
         x = left * right if product_of_two else left * 1.0
         ys = fused_linear(x, weights, None, A, B, [[2.0], [1.0]], p, seed, formats)
         dys = [random(*y.shape).half() for y in ys]

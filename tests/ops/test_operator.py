@@ -122,10 +122,10 @@ def test_opcheck(p: float) -> None:
     x, weights, biases, A, B, scalings = problem(7, 12, (5, 4), GROUP)
     copies = make_copies(A, B, scalings, x.dtype)
     seed = torch.tensor([4]) if p else None
-    flat = (flatten(A), flatten(B), *copies, p, seed)
-    torch.library.opcheck(torch.ops.lora.fused_linear, (x, weights, "", biases, *flat))
+    masters, rest = (biases, flatten(A), flatten(B)), (*copies, p, seed)
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, *masters, weights, "", *rest))
     int8 = [t for n in (5, 4) for t in (torch.full((n, 12), 3, dtype=torch.int8), torch.rand(n))]
-    torch.library.opcheck(torch.ops.lora.fused_linear, (x, int8, "int8:5x12;int8:4x12", biases, *flat))
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, *masters, int8, "int8:5x12;int8:4x12", *rest))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -311,9 +311,10 @@ def test_on_the_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`small`: the rows under which the kernels leave a call to cuBLAS; 0 has them run on odd sizes."""
-    from lora.kernels import linear
+    from lora.ops import launch, plan
 
-    monkeypatch.setattr(linear, "SMALL", small)
+    monkeypatch.setattr(plan, "SMALL", small)
+    monkeypatch.setattr(launch, "plan", plan.plan.__wrapped__)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     args = problem(
         rows, width, outs, tuple((rank, 5) if i == 0 else (rank,) for i, _ in enumerate(outs)), dtype, device="cuda"
@@ -328,9 +329,10 @@ def test_on_the_card(
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("small", [0, 4096])
 def test_strided_tensors_and_no_rows_on_the_card(small: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora.kernels import linear
+    from lora.ops import launch, plan
 
-    monkeypatch.setattr(linear, "SMALL", small)
+    monkeypatch.setattr(plan, "SMALL", small)
+    monkeypatch.setattr(launch, "plan", plan.plan.__wrapped__)
     x, *rest = problem(2304, 320, (264, 72), ((16,), (7,)), torch.bfloat16, device="cuda")
     seed = torch.tensor([4], device="cuda") if p else None
     leaves = [t for group in (*rest[2], *rest[3]) for t in group]
@@ -354,8 +356,8 @@ def test_opcheck_on_the_card(p: float) -> None:
     x, weights, biases, A, B, scalings = problem(300, 64, (40, 24), GROUP, torch.bfloat16, device="cuda")
     copies = make_copies(A, B, scalings, x.dtype)
     seed = torch.tensor([4], device="cuda") if p else None
-    flat = (flatten(A), flatten(B), *copies, p, seed)
-    torch.library.opcheck(torch.ops.lora.fused_linear, (x, weights, "", biases, *flat))
+    masters, rest = (biases, flatten(A), flatten(B)), (*copies, p, seed)
+    torch.library.opcheck(torch.ops.lora.fused_linear, (x, *masters, weights, "", *rest))
 
 
 @pytest.mark.gpu

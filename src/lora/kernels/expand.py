@@ -18,7 +18,7 @@ def expand_kernel(
 ):  # fmt: skip
     """out = mask * (g A), each program BM rows and 256 columns. g (n, R), A (R, K), out (n, K).
 
-    Writes 2 n K bytes: 67 MB at 8192 x 4096, 16 us.
+    Writes 2 n K bytes: 67 MB at 8192 x 4096.
     """
     group = tl.program_id(1)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]

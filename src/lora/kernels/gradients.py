@@ -20,7 +20,7 @@ def gradients_kernel(
     """g[c] = dy_c B_c for BC columns c, and out[s] = dy_s^T h_s for one slab s of rows: a program has one c and one s.
 
     dy (n, N), h (n, R), B (N, R); g (N / BC, n, R) and out (slabs, N, R) in fp32. Reads 2 n N bytes and writes
-    4 R (n N / BC + N slabs): at 8192 x 4096 and r = 16 67 MB, 16 us, and 8 MB, which the second stage finds in L2.
+    4 R (n N / BC + N slabs): at 8192 x 4096 and r = 16 67 MB and 8 MB, which the second stage finds in L2.
     """
     block = tl.program_id(0)
     split = tl.program_id(1)

@@ -18,7 +18,7 @@ def dropped_kernel(
 ):  # fmt: skip
     """out = mask * x, each program BM rows and 256 columns. x (n, K), out (n, K) contiguous.
 
-    Moves 4 n K bytes: 134 MB at 8192 x 4096, 32 us.
+    Moves 4 n K bytes: 134 MB at 8192 x 4096.
     """
     group = tl.program_id(1)
     rows = (tl.program_id(0) * BM + tl.arange(0, BM))[:, None]

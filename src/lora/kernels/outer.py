@@ -21,7 +21,7 @@ def outer_kernel(
     """out[s] = P^T (mask * x) over one slab of rows; each program 256 columns, BR ranks, one slab.
 
     P (n, R), x (n, K), out (S, R, K) fp32. Reads 2 n K bytes and writes 4 S R K: the slabs are long, so that the
-    partial sums stay small; 67 MB at 8192 x 4096: 16 us.
+    partial sums stay small; 67 MB at 8192 x 4096.
     """
     group = tl.program_id(0)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)

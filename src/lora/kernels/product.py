@@ -14,7 +14,7 @@ from .tuning import cdiv
 def product_kernel(left_ptr, right_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
     """out = left * right or silu(left) * right, silu in fp32 and rounded to the dtype before the product.
 
-    Moves 6 bytes an element: 705 MB at 8192 x 14336, 166 us alone. The programs are small and use no shared memory, so
+    Moves 6 bytes an element: 705 MB at 8192 x 14336. The programs are small and use no shared memory, so
     that they find registers beside a persistent GEMM, which leaves the memory idle.
     """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

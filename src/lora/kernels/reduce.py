@@ -29,7 +29,7 @@ def reduce_kernel(
 ):  # fmt: skip
     """out[i, j] = (sum over s of partial[s, i, j]) * scales[j] * inv_keep; partial fp32 (splits, rows, width).
 
-    Reads 4 bytes an element and split, mostly from L2, where the first stage has just left them: 2 to 4 us.
+    Reads 4 bytes an element and split, mostly from L2, where the first stage has just left them.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size

@@ -1,4 +1,17 @@
-"""Operations as functions; the plain-torch form of each is the CPU path and the oracle of every faster one."""
+"""Operations as functions; the plain-torch form of each is the CPU path and the oracle of every faster one.
+
+| file | what it is |
+|---|---|
+| lora_linear | one linear, differentiated by torch itself |
+| operator | several linears of one input as one operator: its function, schema, fake and registered gradients |
+| autograd | the same for eager calls, past the operator's dispatch |
+| call | the value that all of these take |
+| dispatch, plan | who computes a call; on what each of its products runs, and why |
+| reference, launch | the computation in plain torch, and with the kernels |
+| recompute, philox | an input made again; a dropout mask made again |
+| frozen_linear, dequantize | the product with a quantized weight; its dense form |
+| scale, row_norms, low_rank | the output scale of an update; the norms that it is of; an update as a matrix |
+"""
 
 from .lora_linear import add_updates_ as add_updates_
 from .lora_linear import as_dtype as as_dtype

@@ -1,18 +1,17 @@
 """The operator's eager calls: two autograd functions in place of its dispatch, which costs 0.2 ms of Python each."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from .call import Call
+from .dispatch import backward, hidden, products
 from .recompute import Factors, remake
-from .reference import Matrices, backward, hidden, products
 
-T = TypeVar("T")
 Grads = list[Tensor | None]
 
 
@@ -69,84 +68,61 @@ class _End(torch.autograd.Function):
         )
 
 
-class Call(NamedTuple):
-    """What `Products` is told beside its leaves: `sizes`, how many of them are weights, biases, A and B; `source`, the
-    node that holds what the backward pass reads, or None where nothing but biases trains."""
-
-    matrices: Matrices
-    dropout: float
-    B_cast: list[Tensor]
-    sizes: list[int]
-    source: Any
-
-
 class Held(torch.autograd.Function):
-    """h, and all that the backward pass reads.
+    """h, and all that the backward pass reads: it gives every gradient but the biases', from what it saved itself.
 
     A node of its own, before the large products: a checkpoint's recomputation stops once it has all that was saved, so
-    it does not repeat the last products of a layer.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, x: Tensor,
-        *leaves: Tensor,
-    ) -> Tensor:  # fmt: skip
-        h = hidden(x, A_cast, scales, dropout, seed)
-        ctx.set_materialize_grads(False)
-        ctx.remake = remake(x)
-        ctx.save_for_backward(x if ctx.remake is None else None, h, A_cast, scales, seed, *B_cast)
-        return h
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, _: Tensor | None) -> tuple[None, ...]:
-        return (None,) * len(ctx.needs_input_grad)  # the products' backward pass gives every gradient
-
-
-class Products(torch.autograd.Function):
-    """y_i = x W_i^T + b_i + h_i B_i^T, and the gradients of everything.
+    it does not repeat the last products of a layer. `Products` hands it the dys as the gradients of the places y_i,
+    tensors of the outputs' shapes that have one element of memory and are never read.
 
     The weights are not saved, which would have a checkpoint pack and unpack them, but kept; so they live as long as the
     graph, whoever replaces them in their module meanwhile. Those that are stored as they are, and so might train, are
-    among the leaves as well.
+    among the leaves as well, before every A and every B.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, h: Tensor, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        _, biases, A, B = _parts(leaves, call.sizes)
+    def forward(ctx: Any, call: Call, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        h = hidden(x, call)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.versions = call._replace(B_cast=[]), versions(call.matrices.tensors)
-        ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
-        ctx.targets = [b.shape[0] for b in call.B_cast]
-        return tuple(products(x, h, call.matrices, biases, call.B_cast))
+        ctx.mark_non_differentiable(h)
+        ctx.remake = remake(x)
+        ctx.save_for_backward(x if ctx.remake is None else None, h, call.A, call.scales, call.seed, *call.B)
+        ctx.matrices, ctx.dropout, ctx.versions = call.matrices, call.dropout, versions(call.matrices.tensors)
+        ctx.dense = 0 if call.matrices.packed else len(call.B)
+        ctx.masters = [(t.shape, t.dtype) for t in leaves[ctx.dense :]]
+        place = x.new_empty(())
+        return h, *[place.expand(x.shape[0], b.shape[0]) for b in call.B]
 
     @staticmethod
     @once
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        dys = filled(grads, ctx.targets)
+    def backward(ctx: Any, _: None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, h, A, scales, seed, *B = ctx.saved_tensors
+        dys = filled(grads, B)
         if not dys:
             return (None,) * len(ctx.needs_input_grad)
-        needs_x, *needs = ctx.needs_input_grad[2:]
+        _, needs_x, *needs = ctx.needs_input_grad
         if needs_x:
-            unchanged(call.matrices.tensors, ctx.versions)
-        needs_w, needs_b, _, _ = _parts(needs, call.sizes)
-        grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
-        if call.source is None:  # only biases train
-            return None, None, None, *[None] * len(needs_w), *grad_b, *[None] * len(ctx.masters)
-        x, h, A_cast, scales, seed, *B_cast = call.source.saved_tensors
-        x, factor, silu = (x, None, False) if call.source.remake is None else call.source.remake.factors()
-        found = backward(dys, x, factor, silu, h, call.matrices, A_cast, B_cast, scales, call.dropout, seed, needs_x)
+            unchanged(ctx.matrices.tensors, ctx.versions)
+        x = x if ctx.remake is None else ctx.remake.factors()
+        found = backward(dys, x, h, Call(ctx.matrices, A, B, scales, ctx.dropout, seed), needs_x)
         dx = found.pop() if needs_x else None
-        grad_w = weight_gradients(dys, x, factor, silu, needs_w)
-        return None, None, dx, *grad_w, *grad_b, *master_gradients(found, ctx.masters)
+        return None, dx, *weight_gradients(dys, x, needs[: ctx.dense]), *master_gradients(found, ctx.masters)
 
 
-def _parts(items: Sequence[T], sizes: list[int]) -> list[list[T]]:
-    """Consecutive pieces of these sizes."""
-    ends = list(itertools.accumulate(sizes, initial=0))
-    return [list(items[a:b]) for a, b in itertools.pairwise(ends)]
+class Products(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + h_i B_i^T from x and h, and the gradients of the biases; `Held` gives those of the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, inputs: tuple[Tensor, Tensor], biases: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(products(*inputs, call, list(tensors[:biases])))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3 : len(ctx.needs_input_grad) - len(dys)]
+        return None, None, None, *bias_gradients(dys, needs), *dys
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:
@@ -159,13 +135,18 @@ def unchanged(weights: Sequence[Tensor], before: list[int]) -> None:
         raise LoraError("model: a weight was changed after the forward pass; run that again, then backward")
 
 
-def filled(grads: Sequence[Tensor | None], targets: list[int]) -> list[Tensor]:
+def filled(grads: Sequence[Tensor | None], B: Sequence[Tensor]) -> list[Tensor]:
     """dy_i (n, out_i) of every target, zeros where an output was not used; none at all where none was."""
     given = next((dy for dy in grads if dy is not None), None)
     if given is None:
         return []
     rows = given.shape[0]
-    return [given.new_zeros(rows, n) if dy is None else dy for dy, n in zip(grads, targets, strict=True)]
+    return [given.new_zeros(rows, b.shape[0]) if dy is None else dy for dy, b in zip(grads, B, strict=True)]
+
+
+def bias_gradients(dys: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads:
+    """By target, where there are biases; none of an output that was not used."""
+    return [dy.sum(0) if need and dy is not None else None for need, dy in zip(needs, dys, strict=False)]
 
 
 def master_gradients(found: list[Tensor], masters: list[tuple[torch.Size, torch.dtype]]) -> Grads:
@@ -186,10 +167,9 @@ def master_gradients(found: list[Tensor], masters: list[tuple[torch.Size, torch.
     return grads
 
 
-def weight_gradients(dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, needs: Sequence[bool]) -> Grads:
+def weight_gradients(dys: list[Tensor], x: Tensor | Factors, needs: Sequence[bool]) -> Grads:
     """dW_i = dy_i^T x where a dense W0 trains; a quantized one cannot, and its tensors are not one to a target."""
     if not any(needs):
         return [None] * len(needs)
-    if factor is not None:
-        x = Factors(x, factor, silu).product()
-    return [dys[i].t() @ x if need else None for i, need in enumerate(needs)]
+    x = x.product() if isinstance(x, Factors) else x
+    return [dy.t() @ x if need else None for dy, need in zip(dys, needs, strict=True)]

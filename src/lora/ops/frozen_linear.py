@@ -61,7 +61,7 @@ def _product(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | Non
 
 
 class _Product(torch.autograd.Function):
-    """Eager calls. The weight is kept, not saved, as `autograd.Products` has it."""
+    """Eager calls. The weight is kept, not saved, as `autograd.Held` has it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:

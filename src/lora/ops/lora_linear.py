@@ -1,4 +1,7 @@
-"""The low-rank formula for one linear in plain torch; `reference.py` has it for several linears of one input."""
+"""The low-rank formula for one linear in operations that torch differentiates itself: what runs where nothing is fused.
+
+`reference.py` has it for several linears of one input, with its own backward pass.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar

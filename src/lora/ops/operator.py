@@ -8,8 +8,7 @@
     dA = g^T (mask * x),  dB_i = dy_i^T h_i,  dx = sum of dy_i W_i + mask * (g A)
 
 Saved for the backward pass: h, and x where `recompute.remake` cannot make it again. The mask comes again from the seed,
-and a quantized weight is dequantized again. `reference.py` computes: in plain torch, the CPU path and the oracle, or
-with `kernels/linear.py` on CUDA.
+and a quantized weight is dequantized again. `dispatch.py` computes; eager calls go past the operator, by `autograd.py`.
 """
 
 from collections.abc import Sequence
@@ -19,30 +18,34 @@ import torch
 from torch import Tensor
 
 from .autograd import (
-    Call,
-    Grads,
     Held,
     Products,
+    bias_gradients,
     filled,
     is_plain,
     master_gradients,
     refuse_transforms,
     weight_gradients,
 )
+from .call import Call, Matrices, gradient_dtype, thin
+from .dispatch import backward, hidden, products
 from .philox import draw_seed
-from .reference import Matrices, backward, gradient_dtype, hidden, products
 
+CALL = "Tensor[] weights, str formats, Tensor A_cast, Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed"
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
-    "fused_linear(Tensor x, Tensor[] weights, str formats, Tensor[] biases, Tensor[] A, Tensor[] B, Tensor A_cast,"
-    " Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed) -> Tensor[]",
+    f"fused_linear(Tensor x, Tensor[] biases, Tensor[] A, Tensor[] B, {CALL}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "fused_linear_backward(Tensor[] dys, Tensor x, Tensor? factor, bool silu, Tensor h, Tensor[] weights, str formats,"
-    " Tensor A_cast, Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed, bool needs_dx) -> Tensor[]",
+    f"fused_linear_backward(Tensor[] dys, Tensor x, Tensor h, bool needs_dx, {CALL}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def rebuild(x: Tensor, weights: list[Tensor], formats: str, *rest: Any) -> Call:
+    """The call that the schema has as CALL; x has the dtype that it computes in."""
+    return Call(Matrices(weights, formats, x.dtype), *rest)
 
 
 class Copies(NamedTuple):
@@ -117,92 +120,70 @@ def fused_linear(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    weights, biases = list(weights), list(biases or [])
+    flat = list(weights), formats, *copies, dropout, seed
+    biases = list(biases or [])
     if is_plain(x):
-        matrices = Matrices(weights, formats, x.dtype)
-        dense = [] if formats else weights
-        h = Held.apply(copies.A, copies.B, copies.scales, dropout, seed, rows, *dense, *flat_A, *flat_B)
-        sizes = [len(dense), len(biases), len(flat_A), len(flat_B)]
-        call = Call(matrices, dropout, copies.B, sizes, h.grad_fn)
-        outputs = Products.apply(call, h, rows, *dense, *biases, *flat_A, *flat_B)
+        call = rebuild(x, *flat)
+        h, *places = Held.apply(call, rows, *([] if formats else weights), *flat_A, *flat_B)
+        outputs = Products.apply(call, (rows, h), len(biases), *biases, *places)
     else:
-        outputs = torch.ops.lora.fused_linear(
-            rows, weights, formats, biases, flat_A, flat_B, copies.A, copies.B, copies.scales, dropout, seed
-        )
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(B)]]
+        outputs = torch.ops.lora.fused_linear(rows, biases, flat_A, flat_B, *flat)[:-1]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+# What the operator runs, on every device.
+
+
+def _run(x: Tensor, biases: list[Tensor], A: list[Tensor], B: list[Tensor], *flat: Any) -> list[Tensor]:
+    """[y_i ..., h]"""
+    call = rebuild(x, *flat)
+    h = hidden(x, call)
+    return [*products(x, h, call, biases), h]
+
+
+def _run_backward(dys: list[Tensor], x: Tensor, h: Tensor, needs_dx: bool, *flat: Any) -> list[Tensor]:
+    return backward(dys, x, h, rebuild(x, *flat), needs_dx)
 
 
 # Shapes, and gradients.
 
 
-def _fake(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    h = x.new_empty(x.shape[0], -(-A_cast.shape[0] // 8) * 8)
-    return [*(x.new_empty(x.shape[0], b.shape[0]) for b in B_cast), h]
+def _fake(x: Tensor, biases: list[Tensor], A: list[Tensor], B: list[Tensor], *flat: Any) -> list[Tensor]:
+    _, _, A_cast, B_cast, *_ = flat
+    return [*(x.new_empty(x.shape[0], b.shape[0]) for b in B_cast), thin(x, A_cast.shape[0])]
 
 
-def _fake_backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    dtype = gradient_dtype(x)
-    grads = [t.new_empty(t.shape, dtype=dtype) for t in (A_cast, *B_cast)]
+def _fake_backward(dys: list[Tensor], x: Tensor, h: Tensor, needs_dx: bool, *flat: Any) -> list[Tensor]:
+    _, _, A_cast, B_cast, *_ = flat
+    grads = [t.new_empty(t.shape, dtype=gradient_dtype(x)) for t in (A_cast, *B_cast)]
     return [*grads, x.new_empty(x.shape)] if needs_dx else grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, formats, _, A, B, A_cast, B_cast, scales, dropout, seed = inputs
+    x, _, A, B, weights, formats, A_cast, B_cast, scales, dropout, seed = inputs
     ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
     # What eager calls save: a checkpoint may run its two forward passes by different ways.
     ctx.save_for_backward(x, output[-1], A_cast, scales, seed, *B_cast)
     ctx.dropout, ctx.weights, ctx.formats = dropout, weights, formats
     ctx.masters = [(t.shape, t.dtype) for t in (*A, *B)]
-    ctx.targets = [b.shape[0] for b in B_cast]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    needs_x, needs_w, _, needs_b = ctx.needs_input_grad[:4]
-    nothing = [None] * len(ctx.targets)
-    dys = filled(grads[:-1], ctx.targets)
-    if not dys:
-        return None, [None] * len(needs_w), None, [None] * len(needs_b), *_masters(ctx, []), None, nothing, *[None] * 3
-    grad_b: Grads = [dys[i].sum(0) if needs else None for i, needs in enumerate(needs_b)]
+    needs_x, needs_b, _, _, needs_w, *_ = ctx.needs_input_grad
     x, h, A_cast, scales, seed, *B_cast = ctx.saved_tensors
+    dys = filled(grads[:-1], B_cast)
+    nothing = None, None, [None] * len(B_cast), None, None, None  # formats, A_cast, B_cast, scales, dropout, seed
+    half = len(ctx.masters) // 2
+    if not dys:
+        return None, [None] * len(needs_b), [None] * half, [None] * half, [None] * len(needs_w), *nothing
     found = torch.ops.lora.fused_linear_backward(
-        dys, x, None, False, h, ctx.weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed, needs_x
+        dys, x, h, needs_x, ctx.weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed
     )
     dx = found.pop() if needs_x else None
-    grad_w = weight_gradients(dys, x, None, False, needs_w)
-    return dx, grad_w, None, grad_b, *_masters(ctx, found), None, nothing, *[None] * 3
-
-
-def _masters(ctx: Any, found: list[Tensor]) -> tuple[Grads, Grads]:
-    """The gradients of A and of B; none where no output was used."""
-    grads: Grads = master_gradients(found, ctx.masters) if found else [None] * len(ctx.masters)
-    return grads[: len(grads) // 2], grads[len(grads) // 2 :]
-
-
-# What the operator runs, on every device.
-
-
-def _run(
-    x: Tensor, weights: list[Tensor], formats: str, biases: list[Tensor], A: list[Tensor], B: list[Tensor],
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    """[y_i ..., h]"""
-    h = hidden(x, A_cast, scales, dropout, seed)
-    return [*products(x, h, Matrices(weights, formats, x.dtype), biases, B_cast), h]
-
-
-def _run_backward(
-    dys: list[Tensor], x: Tensor, factor: Tensor | None, silu: bool, h: Tensor, weights: list[Tensor], formats: str,
-    A_cast: Tensor, B_cast: list[Tensor], scales: Tensor, dropout: float, seed: Tensor | None, needs_dx: bool,
-) -> list[Tensor]:  # fmt: skip
-    matrices = Matrices(weights, formats, x.dtype)
-    return backward(dys, x, factor, silu, h, matrices, A_cast, B_cast, scales, dropout, seed, needs_dx)
+    masters = master_gradients(found, ctx.masters)
+    grad_w = weight_gradients(dys, x, needs_w)
+    return dx, bias_gradients(dys, needs_b), masters[:half], masters[half:], grad_w, *nothing
 
 
 for device in ("CPU", "CUDA"):

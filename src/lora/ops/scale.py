@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .autograd import is_plain
-from .dequantize import has_triton
-from .reference import as_rows, gradient_dtype, has_matrix_units
+from .call import as_rows, gradient_dtype
+from .dispatch import kernels_take
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -75,7 +75,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradients(ctx: Any, dy: Tensor, forward: Any, backward: Any) -> tuple[Tensor | None, ...]:
-    """Of z, scale and bias; where scale needs no gradient z is not there, and dz = scale * dy is a forward pass."""
+    """Of z, scale and bias; z was not kept where scale needs none, and dz = scale * dy is a forward pass then."""
     z, scale = ctx.saved_tensors
     dz, dscale = (forward(dy, scale, None), None) if z is None else backward(dy, z, scale)
     return dz, dscale, _matrix(dy).sum(0) if ctx.needs_input_grad[2] else None
@@ -84,14 +84,14 @@ def _gradients(ctx: Any, dy: Tensor, forward: Any, backward: Any) -> tuple[Tenso
 # The operators on every device.
 
 
-def _in_triton(z: Tensor) -> bool:
-    return z.is_cuda and z.dtype != torch.float64 and has_triton() and has_matrix_units(z.device)
+def _in_kernels(z: Tensor) -> bool:
+    return z.is_cuda and z.dtype != torch.float64 and kernels_take(z.device, 2)  # fp32 as well: it has no product
 
 
 def _run(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     c = scale.to(gradient_dtype(z))
-    if _in_triton(z):
+    if _in_kernels(z):
         from ..kernels.scale import scale_
 
         with torch.cuda.device_of(z):
@@ -108,7 +108,7 @@ def _run_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     c = scale.to(gradient_dtype(z))
     dscale = torch.zeros_like(c, memory_format=torch.contiguous_format)
-    if _in_triton(z):
+    if _in_kernels(z):
         from ..kernels.scale import scale_backward_
 
         with torch.cuda.device_of(z):
