@@ -139,9 +139,8 @@ def test_what_changes_between_two_members_is_seen(change: str) -> None:
     else:
         lora.merge(model)
         lora.unmerge(model)
-    torch.testing.assert_close(
-        copy.deepcopy(model)[0].k_proj(x), net.k_proj(x)
-    )  # alone or not: other sums on some CPUs
+    # Close, not equal: on some CPUs a product of several targets sums in another order than one alone.
+    torch.testing.assert_close(copy.deepcopy(model)[0].k_proj(x), net.k_proj(x))
     torch.testing.assert_close(net.k_proj(x), plain(net, lambda m: m.k_proj(x)))
 
 

@@ -10,7 +10,6 @@
 | reference, launch | the computation in plain torch, and with the kernels |
 | recompute, philox | an input made again; a dropout mask made again |
 | frozen_linear, dequantize | the product with a quantized weight; its dense form |
-| scale, row_norms, low_rank | the output scale of an update; the norms that it is of; an update as a matrix |
 """
 
 from .lora_linear import add_updates_ as add_updates_
@@ -18,5 +17,4 @@ from .lora_linear import as_dtype as as_dtype
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import summed_bias as summed_bias
 from .low_rank import low_rank_product as low_rank_product
-from .row_norms import row_norms as row_norms
 from .scale import scale_output as scale_output

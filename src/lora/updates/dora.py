@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import FrozenWeight
-from ..ops import row_norms
+from ..ops.row_norms import row_norms
 from .low_rank import LowRank
 from .update import Start, register
 
@@ -33,6 +33,11 @@ class DoRA(LowRank):
             with torch.no_grad():
                 part.magnitude.copy_(row_norms(weight.dense(), part.pairs()))
         return part
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = super().tensors()
+        found["lora_magnitude_vector"] = found.pop("magnitude")
+        return found
 
     def output_scale(self, weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor:
         """m / ||V|| (out,); 0 for a row of V that is all zeros, whose m starts at 0."""

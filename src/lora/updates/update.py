@@ -63,7 +63,7 @@ class Update(nn.Module):
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file holds of it, by the names that the kind of host translates; "A" and "B" are its halves."""
+        """What a file holds of it. The kind of host has keys for "A", "B" and "bias"; other names are keys already."""
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
 
     @property
