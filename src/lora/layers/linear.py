@@ -93,4 +93,4 @@ class LinearAdapters(MatrixKind):
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
         weight = self.frozen
         x = torch.empty(0, dtype=weight.acts_in(plain), device=weight.parameter.device)
-        return groups.words(host, self, plan(host, self, x))
+        return groups.words(host, self, x)
