@@ -65,7 +65,7 @@ def test_error_is_within_twice_dequantize_then_torch_and_repeats(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build(kind).train()
-    assert {row.runs for row in lora.summary(model).rows} == {f"fused over {kind}"}
+    assert all(row.runs.startswith(f"fused over {kind}, ") for row in lora.summary(model).rows)
     logits, ours = gradients(model, tokens)
     _, again = gradients(model, tokens)
     assert all(torch.equal(ours[n], again[n]) for n in ours)

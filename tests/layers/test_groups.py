@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, tiny_bert, tiny_llama
+from lora.kernels.tuning import Card
 from lora.layers import groups, hosts, plan
 
 CALLS: list[int] = []
@@ -244,28 +245,46 @@ def runs(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("card", "words"),
+    ("major", "words"),
     [
-        (9, "fused"),
+        (9, "fused, dX by cuBLAS (too narrow)"),
         (8, "fused, dX and dB by cuBLAS (no Hopper GPU)"),
         (10, "fused, dX and dB by cuBLAS (no Hopper GPU)"),
         (7, "fused, all by cuBLAS (GPU older than Ampere)"),
     ],
 )
-def test_summary_says_what_is_fused_and_why_not(
-    card: int, words: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+def test_summary_says_what_a_step_runs_on(
+    major: int, words: str, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (card, 0))
-    assert runs(model) == {words}
+    monkeypatch.setattr(groups, "card", lambda device: Card(major, 132, 227 << 10))
+    monkeypatch.setattr(plan, "DTYPES", (torch.bfloat16,))
+    assert runs(model.to(torch.bfloat16)) == {words}
     assert lora.summary(model).groups == 6
     assert "6 groups of linears share an input" in str(lora.summary(model))
+
+
+def test_summary_counts_the_ranks_of_all_that_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "card", lambda device: Card(9, 132, 227 << 10))
+    monkeypatch.setattr(plan, "DTYPES", (torch.bfloat16,))
+    model = lora.inject(tiny_llama(), r=16, targets=["q_proj", "k_proj", "v_proj", "o_proj"]).to(torch.bfloat16)
+    words = {row.target.rpartition(".")[2]: row.runs for row in lora.summary(model).rows}
+    together = "fused, dX by cuBLAS (too narrow), dA by cuBLAS (over 32 ranks)"
+    assert words == dict.fromkeys(["q_proj", "k_proj", "v_proj"], together) | {
+        "o_proj": "fused, dX by cuBLAS (too narrow)"
+    }
+
+
+def test_summary_says_why_not(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "card", lambda device: Card(9, 132, 227 << 10))
+    fused = "fused, all by cuBLAS (no 16-bit compute)"  # float32 is only pretended to be fused here
+    assert runs(model) == {fused}
     with torch.autocast("cpu", torch.bfloat16):
         monkeypatch.setattr(plan, "DTYPES", (torch.float32, torch.bfloat16))
         assert runs(model) == {"plain torch (autocast over weights of another dtype)"}
     lora.inject(model, r=2, targets=["q_proj"], name="two", dropout=0.1)
     lora.activate(model, ["default", "two"])
     model.train()
-    assert runs(model) == {words, "plain torch (active adapters with different dropout)"}
+    assert runs(model) == {fused, "plain torch (active adapters with different dropout)"}
     lora.activate(model, "default")
     monkeypatch.setattr(plan, "HAS_TRITON", False)
     assert runs(model) == {"plain torch (triton is not installed)", "idle"}

@@ -24,24 +24,25 @@ def shape(
     return Shape(rows, width, targets, dropout, **{"element_size": 2, "major": major, "processors": 132, **other})  # type: ignore[arg-type]
 
 
+OVER_32 = "by cuBLAS (over 32 ranks)"
 CASES = [
     # x A^T, dy B and dB by target, dA, dX, two streams, in words
     (shape(16), "triton", ["one read"], ["one read"], "triton", "triton", True, "fused"),
     (shape(32), "triton", ["one read"], ["one read"], "triton", "triton", True, "fused"),
-    (shape(33), "triton", ["triton"], ["cublas"], "cublas", "triton", True, "fused, dA and dB by cuBLAS (r > 32)"),
-    (shape(64), "triton", ["triton"], ["cublas"], "cublas", "triton", True, "fused, dA and dB by cuBLAS (r > 32)"),
+    (shape(33), "triton", ["triton"], ["cublas"], "cublas", "triton", True, f"fused, dA and dB {OVER_32}"),
+    (shape(64), "triton", ["triton"], ["cublas"], "cublas", "triton", True, f"fused, dA and dB {OVER_32}"),
     (
         shape(65), "cublas", ["cublas"], ["cublas"], "cublas", "triton", True,
-        "fused, xA and dyB by cuBLAS (r > 64), dA and dB by cuBLAS (r > 32)",
+        "fused, xA and dyB by cuBLAS (over 64 ranks), dA and dB by cuBLAS (over 32 ranks)",
     ),
     # The ranks of a group count together for x A^T and dA, and by target for dy B and dB.
     (
         shape(16, 16, 16, outs=(4096, 1024, 1024)), "triton", ["one read"] * 3, ["one read"] * 3, "cublas", "triton",
-        True, "fused, dA by cuBLAS (r > 32)",
+        True, "fused, dA by cuBLAS (over 32 ranks)",
     ),
     (
         shape(40, 32), "cublas", ["triton", "one read"], ["cublas", "one read"], "cublas", "triton", True,
-        "fused, xA by cuBLAS (r > 64), dA and dB by cuBLAS (r > 32)",
+        "fused, xA by cuBLAS (over 64 ranks), dA and dB by cuBLAS (over 32 ranks)",
     ),
     # Other cards.
     (
@@ -54,7 +55,7 @@ CASES = [
     ),
     (
         shape(40, major=8), "triton", ["triton"], ["cublas"], "cublas", "cublas", True,
-        "fused, dX and dB by cuBLAS (no Hopper GPU), dA by cuBLAS (r > 32)",
+        "fused, dX and dB by cuBLAS (no Hopper GPU), dA by cuBLAS (over 32 ranks)",
     ),
     (
         shape(16, major=7), "cublas", ["cublas"], ["cublas"], "cublas", "cublas", False,
@@ -75,11 +76,11 @@ CASES = [
     ),
     (
         shape(64, dropout=True), "triton", ["triton"], ["cublas"], "triton", "cublas", True,
-        "fused, dX by cuBLAS (dropout), dB by cuBLAS (r > 32)",
+        "fused, dX by cuBLAS (dropout), dB by cuBLAS (over 32 ranks)",
     ),
     (
         shape(65, dropout=True), "masked copy", ["cublas"], ["cublas"], "masked copy", "cublas", True,
-        "fused, xA, dyB and dA by cuBLAS (r > 64), dX by cuBLAS (dropout), dB by cuBLAS (r > 32)",
+        "fused, xA, dyB and dA by cuBLAS (over 64 ranks), dX by cuBLAS (dropout), dB by cuBLAS (over 32 ranks)",
     ),
     (
         shape(16, rows=SMALL - 1, dropout=True), "triton", ["cublas"], ["cublas"], "triton", "cublas", False,
@@ -109,7 +110,7 @@ CASES = [
     ),
     (
         shape(40, outs=(32,)), "triton", ["triton"], ["triton"], "cublas", "cublas", True,
-        "fused, dX by cuBLAS (too narrow), dA by cuBLAS (r > 32)",
+        "fused, dX by cuBLAS (too narrow), dA by cuBLAS (over 32 ranks)",
     ),
     (
         shape(16, aligned=False), "triton", ["one read"], ["one read"], "triton", "cublas", True,

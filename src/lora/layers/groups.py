@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.tuning import card
 from ..ops import as_dtype, scale_output, summed_bias
 from ..ops.operator import fused_linear
+from ..ops.plan import Shape, describe
+from ..ops.plan import plan as steps
 from .host import adapters_of
-from .plan import Plan, plan
+from .plan import plan
 
 SHARED_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -22,6 +25,9 @@ SHARED_INPUT = (
 )
 """Names of siblings that are usually fed the same tensor; each call confirms it."""
 
+
+MANY = 8192
+"""Rows of the input for which the summary tells what runs."""
 
 State = tuple[tuple[str, ...], bool, bool, tuple[int, ...]]
 """active adapters, training mode, gradients recorded, versions of the tensors"""
@@ -121,15 +127,23 @@ def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     return [as_dtype(y, adapters.frozen.output_dtype(x)) for y, adapters in zip(ys, all_adapters, strict=True)]
 
 
-def words(host: nn.Module, adapters: Any, chosen: Plan) -> str:
-    """How a host runs, for people."""
+def words(host: nn.Module, adapters: Any, x: Tensor) -> str:
+    """How a host runs for an input like x, for people: its plan, and what a training step of `MANY` rows runs on."""
+    path, why = plan(host, adapters, x)
     over = f" over {adapters.frozen.quantization}" if adapters.quantized else ""
-    if chosen.path != "fused":
-        return f"plain torch{over} ({chosen.why})"
-    major, _ = torch.cuda.get_device_capability(adapters.frozen.parameter.device)
-    if major < 8:
-        return f"fused{over}, all by cuBLAS (GPU older than Ampere)"
-    return f"fused{over}" if major == 9 else f"fused{over}, dX and dB by cuBLAS (no Hopper GPU)"
+    if path != "fused":
+        return f"plain torch{over} ({why})"
+    group: Group | None = adapters.group
+    members = [host] if group is None else [m for m in group.members if m is host or _joins(m, host, x)]
+    targets = []
+    for frozen, terms in ((_adapters(m).frozen, _adapters(m).terms) for m in members):
+        targets.append((frozen.shape[0], sum(term.r for term in terms)))
+    device = card(x.device)
+    shape = Shape(
+        MANY, adapters.frozen.shape[1], tuple(targets), any(term.dropout for term in adapters.terms),
+        adapters.frozen.compute_dtype(x).itemsize, device.major, device.processors,
+    )  # fmt: skip
+    return f"fused{over}" + describe(steps(shape)).removeprefix("fused")
 
 
 def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:

@@ -26,7 +26,7 @@ class LoraLinear(LoraLayer):
         adapters: Any = self._modules["lora"]
         if "_is_replica" in self.__dict__:
             raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
-        path = plan(self, adapters, x).path
+        path, _ = plan(self, adapters, x)
         if path == "plain":
             return _plain(self, adapters, x)
         if path == "fused":
@@ -38,13 +38,12 @@ class LoraLinear(LoraLayer):
 def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
     bias: Tensor | None = host._parameters["bias"]
     training = host.training
-    updates, own_bias = [], False
+    updates = []
     for term in adapters.terms:
-        for A, B, s in term.pairs():
-            updates.append((A, B, s, term.dropout if training else 0.0))
-        own_bias = own_bias or term._parameters["bias"] is not None
-    if own_bias:
-        bias = summed_bias(bias, adapters.terms)
+        dropout = term.dropout if training else 0.0
+        updates += [(*pair, dropout) for pair in term.pairs()]
+        if term._parameters["bias"] is not None:
+            bias = summed_bias(host._parameters["bias"], adapters.terms)
     if not adapters.scaled:
         return lora_linear(x, adapters.frozen.dense(), bias, updates)
     (term,) = adapters.terms
@@ -93,4 +92,4 @@ class LinearAdapters(MatrixKind):
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
         weight = self.frozen
         x = torch.empty(0, dtype=weight.acts_in(plain), device=weight.parameter.device)
-        return groups.words(host, self, plan(host, self, x))
+        return groups.words(host, self, x)

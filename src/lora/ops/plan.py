@@ -91,10 +91,10 @@ def plan(shape: Shape) -> Steps:
 def _shrink(rows: int, ranks: int, dropout: bool) -> Step:
     """A tall operand times a thin one: x A^T, dy B. The mask is drawn in the kernel, so few rows stay there with it."""
     if dropout:
-        return Step(COPY, f"r > {MASKED_RANKS}") if ranks > MASKED_RANKS else Step(TRITON)
+        return Step(COPY, f"over {MASKED_RANKS} ranks") if ranks > MASKED_RANKS else Step(TRITON)
     if rows < SMALL:
         return Step(CUBLAS, "few rows")
-    return Step(CUBLAS, f"r > {SHRINK_RANKS}") if ranks > SHRINK_RANKS else Step(TRITON)
+    return Step(CUBLAS, f"over {SHRINK_RANKS} ranks") if ranks > SHRINK_RANKS else Step(TRITON)
 
 
 def _outer(rows: int, ranks: int, dropout: bool) -> Step:
@@ -102,10 +102,10 @@ def _outer(rows: int, ranks: int, dropout: bool) -> Step:
     if rows == 0:
         return Step(TRITON)  # which writes zeros
     if dropout:
-        return Step(COPY, f"r > {MASKED_RANKS}") if ranks > MASKED_RANKS else Step(TRITON)
+        return Step(COPY, f"over {MASKED_RANKS} ranks") if ranks > MASKED_RANKS else Step(TRITON)
     if rows < SMALL:
         return Step(CUBLAS, "few rows")
-    return Step(CUBLAS, f"r > {OUTER_RANKS}") if ranks > OUTER_RANKS else Step(TRITON)
+    return Step(CUBLAS, f"over {OUTER_RANKS} ranks") if ranks > OUTER_RANKS else Step(TRITON)
 
 
 def _of_dy(rows: int, out: int, rank: int, major: int) -> tuple[Step, Step]:
@@ -120,7 +120,7 @@ def _of_dy(rows: int, out: int, rank: int, major: int) -> tuple[Step, Step]:
     elif major != 9:
         apart = "no Hopper GPU"
     elif rank > max(GRADIENTS):
-        apart = f"r > {max(GRADIENTS)}"
+        apart = f"over {max(GRADIENTS)} ranks"
     elif rows * out > ONCE_ELEMENTS:
         apart = f"dY over {ONCE_ELEMENTS:,} elements"
     else:
