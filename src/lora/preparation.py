@@ -18,12 +18,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def prepare(
-    model: ModelT,
-    *,
-    checkpointing: bool | Literal["offload"] = True,
-    norms_fp32: bool = False,
+    model: ModelT, *, checkpointing: bool | Literal["offload"] = True, norms_fp32: bool = False,
     head_dtype: torch.dtype | None = None,
-) -> ModelT:
+) -> ModelT:  # fmt: skip
     """Make a model, quantized or not, ready for training within little memory, in place; before or after `inject`.
 
     `lora.summary` tells what is in force.

@@ -54,13 +54,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
 
 
 def load(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    name: str = "default",
-    *,
-    check: bool = True,
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check: bool = True,
     trainable: bool = False,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Read an adapter, ours or PEFT's, put it into the model in place and make it act alone.
 
     Every tensor of the file lands, every parameter of the adapter is filled, every shape fits, or nothing changes.
@@ -126,14 +122,11 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
                 "gather the model with torch.distributed.checkpoint.state_dict and save it in one process"
             )
     config = to_peft(
-        adapter.config,
-        adapter.extra,
-        modules=[name for name, _ in base_modules(root)],
+        adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
         targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
         fan_in_fan_out=any(weight.transposed for weight in weights.values()),
-        base_name=getattr(root, "name_or_path", None),
-        task_type=task_type(root),
-    )
+        base_name=getattr(root, "name_or_path", None), task_type=task_type(root),
+    )  # fmt: skip
     write(folder, config, tensors, {BASE: fingerprint(weights)})
 
 
@@ -151,14 +144,11 @@ def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, T
         if key in tensors and tensors[key].shape != t.shape
     ]
     kinds = [k for k, t in wanted.items() if k in tensors and tensors[k].is_floating_point() != t.is_floating_point()]
+    labels = {"of the adapter's tensors missing": missing, "unexpected": extra, "of another shape": wrong}
+    labels["of another kind (integers or floating point)"] = kinds
     problems = [
         f"{len(found)} {label}: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-        for label, found in (
-            ("of the adapter's tensors missing", missing),
-            ("unexpected", extra),
-            ("of another shape", wrong),
-            ("of another kind (integers or floating point)", kinds),
-        )
+        for label, found in labels.items()
         if found
     ]
     if problems:

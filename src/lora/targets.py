@@ -104,11 +104,7 @@ def _any_other(modules: dict[str, nn.Module]) -> str:
 
 
 def _matching(
-    model: nn.Module,
-    config: LoraConfig,
-    modules: dict[str, nn.Module],
-    kinds: dict[str, type[Kind]],
-    loading: bool,
+    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]], loading: bool
 ) -> list[str]:
     targets = config.targets
     if targets == "all-linear":

@@ -46,15 +46,9 @@ def generate(
     base, tokenizer = _load(model, adapter, dtype, quantize)
     with clean_warnings(), _progress(len(prompts)) as advance:
         answers = answer(
-            base,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            seed=seed,
-            on_batch=advance,
-        )
+            base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
+            seed=seed, on_batch=advance,
+        )  # fmt: skip
     if output is None:
         typer.echo(answers[0])
     else:

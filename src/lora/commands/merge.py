@@ -57,12 +57,9 @@ def merge(
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         record = {
-            "base": model,
-            "adapter": str(adapter),
-            "dtype": str(merged.dtype).removeprefix("torch."),
-            "lora": lora.__version__,
-            "files": sorted([MARK, *(file.name for file in folder.iterdir())]),
-        }
+            "base": model, "adapter": str(adapter), "dtype": str(merged.dtype).removeprefix("torch."),
+            "lora": lora.__version__, "files": sorted([MARK, *(file.name for file in folder.iterdir())]),
+        }  # fmt: skip
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"merged model: {out}")
 

@@ -74,11 +74,9 @@ def _flag(name: str) -> inspect.Parameter:
         help_text += f" [default: {field.default}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if is_bool else flag, help=help_text, show_default=False)
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
+        name, inspect.Parameter.KEYWORD_ONLY, default=None,
         annotation=Annotated[_flag_type(field.annotation) | None, option],
-    )
+    )  # fmt: skip
 
 
 def _flag_type(annotation: Any) -> type:
@@ -103,11 +101,9 @@ def _signature() -> inspect.Signature:
         ],
     )
     force = inspect.Parameter(
-        "force",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
+        "force", inspect.Parameter.KEYWORD_ONLY, default=False,
         annotation=Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")],
-    )
+    )  # fmt: skip
     return inspect.Signature([recipe, *map(_flag, Recipe.model_fields), force])
 
 

@@ -16,31 +16,17 @@ _FIRST = 8
 _HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 # Keys that change what the tensors mean; any value but these is refused by name.
 _MATHS: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "megatron_config": (None, {}),
-    "arrow_config": (None, {}),
-    "kasa_config": (None, {}),
-    "velora_config": (None, {}),
-    "monteclora_config": (None, {}),
-}
+    "lora_bias": (False, None), "use_qalora": (False, None), "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []),
+    "layer_replication": (None, []), "megatron_config": (None, {}), "arrow_config": (None, {}),
+    "kasa_config": (None, {}), "velora_config": (None, {}), "monteclora_config": (None, {}),
+}  # fmt: skip
 
 
 def to_peft(
-    config: LoraConfig,
-    extra: dict[str, Any],
-    *,
-    modules: Sequence[str],
-    targets: Sequence[str],
-    fan_in_fan_out: bool,
-    base_name: str | None,
-    task_type: str | None,
-) -> dict[str, Any]:
+    config: LoraConfig, extra: dict[str, Any], *, modules: Sequence[str], targets: Sequence[str], fan_in_fan_out: bool,
+    base_name: str | None, task_type: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """The contents of adapter_config.json.
 
     Args:
@@ -51,19 +37,12 @@ def to_peft(
     """
     base_name = base_name or extra.get("base_model_name_or_path")
     known: dict[str, Any] = {
-        **{theirs: getattr(config, ours) for ours, theirs in _PEFT.items()},
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_name,
-        "revision": None,
-        "inference_mode": True,
-        "modules_to_save": _modules_to_save(config, modules) or None,
-        "fan_in_fan_out": fan_in_fan_out,
-        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
-        "layers_pattern": None,
-        "trainable_token_indices": None,
-        "target_parameters": None,
-    }
+        **{theirs: getattr(config, ours) for ours, theirs in _PEFT.items()}, "peft_type": "LORA",
+        "task_type": task_type, "base_model_name_or_path": base_name, "revision": None, "inference_mode": True,
+        "modules_to_save": _modules_to_save(config, modules) or None, "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True, "layers_pattern": None,
+        "trainable_token_indices": None, "target_parameters": None,
+    }  # fmt: skip
     if config.update in ("lora", "dora"):  # PEFT has a key of its own for these
         del known[_PEFT["update"]]
     known["target_modules"], known["layers_to_transform"] = _target_modules(config, targets, modules)

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """Frozen 4-bit and 8-bit weights to 16 or 32 bits, in one launch each, bound by the bytes read and written.
 
 Every product and sum is rounded by itself, as the layouts define them, so the launches forbid fused multiply-adds.

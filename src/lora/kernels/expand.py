@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The low-rank part of dx under dropout, for the plan that leaves the large product to cuBLAS."""
 
 import triton

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The large product with the low-rank term in its accumulator: a persistent Hopper GEMM fed by TMA."""
 
 import triton

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """What the backward pass reads dy for beside its large product: g = s dy B and dB = dy^T h, in one read of dy."""
 
 import torch

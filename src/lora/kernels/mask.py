@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The seeded dropout mask in registers: Philox2x32 of 7 rounds (Salmon et al., 2011), one call for eight elements.
 
 With `group, lane = divmod(col, 256)` and `part, c = divmod(lane, 32)`, element (row, col) takes the part-th byte of the

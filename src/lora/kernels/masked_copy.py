@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """mask * x as a copy that lives as long as its reader: for more ranks than one block of a kernel holds."""
 
 import torch

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """A sum over rows with a thin result: dA = g^T dropout(x). Bound by one read of x."""
 
 import torch
@@ -58,10 +56,8 @@ def outer_(
     splits = cdiv(n, slab)
     partial = out if splits == 1 else torch.empty(splits, rank, columns, device=x.device, dtype=torch.float32)
     outer_kernel[cdiv(columns, 256), cdiv(rank, br), splits](
-        p, x, seed, partial,
-        n, columns, rank, p.stride(0), x.stride(0), slab, threshold,
-        DROPOUT=seed is not None, EVEN=columns % 256 == 0, BN=bn, BR=br,
-        PRECISION=precision(x),
+        p, x, seed, partial, n, columns, rank, p.stride(0), x.stride(0), slab, threshold,
+        DROPOUT=seed is not None, EVEN=columns % 256 == 0, BN=bn, BR=br, PRECISION=precision(x),
         num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     if splits > 1:

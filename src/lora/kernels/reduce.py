@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """The second stage of a split sum, in a fixed order: no float atomics, the same bits every time."""
 
 import triton

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="import-not-found,import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-# Triton is optional and a kernel is a program in its own language: neither carries Python types.
 """A tall product with a thin result: h = dropout(x) A^T, and g = dy B. Bound by one read of the tall operand."""
 
 import torch
@@ -72,10 +70,8 @@ def shrink_(
     shrink_kernel[cdiv(n, bm), cdiv(rank, br), splits](
         x, w, scales, seed, partial,
         n, columns, rank, x.stride(0), w.stride(1) if tall else w.stride(0), partial.stride(-2), n * rank,
-        threshold, inv_keep,
-        TALL=tall, DROPOUT=seed is not None, EVEN=columns % 256 == 0, SPLITS=splits, BM=bm, BR=br,
-        PRECISION=precision(x),
-        num_warps=config["warps"], num_stages=config["stages"],
+        threshold, inv_keep, TALL=tall, DROPOUT=seed is not None, EVEN=columns % 256 == 0, SPLITS=splits, BM=bm, BR=br,
+        PRECISION=precision(x), num_warps=config["warps"], num_stages=config["stages"],
     )  # fmt: skip
     if splits > 1:
         reduce_(out, partial, scales, inv_keep)

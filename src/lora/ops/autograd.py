@@ -45,7 +45,7 @@ def once(function: Callable[..., Any]) -> Any:
             found = list(function(ctx, *grads))
         places = [i for i, value in enumerate(found) if value is not None]
         start = torch.empty(0, requires_grad=True)
-        ends = _End.apply(start, *(found[i] for i in places))  # type: ignore[no-untyped-call]
+        ends = _End.apply(start, *(found[i] for i in places))
         for i, value in zip(places, ends, strict=True):
             found[i] = value
         return tuple(found)

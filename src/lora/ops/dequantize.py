@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# torch.library's registration functions carry no types.
 """The dense form of a frozen weight that is stored packed: one operator, `lora::dequantize`, for every layout.
 
 A layout says which tensors hold a weight (out, in) and what they stand for, in plain torch, which is the CPU path and

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# Some of torch's functions carry no types.
 """Who computes a call: `launch.py` with the kernels on the cards that they run on, `reference.py` elsewhere."""
 
 import functools

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# torch.library's registration functions carry no types.
 """The product with one quantized weight on which no adapter acts: y = x W^T + b, dx = dy W.
 
 The activations are not quantized, and nothing is saved: the weight is dequantized again for the backward pass.
@@ -17,8 +15,7 @@ from .dequantize import Packed, layout
 
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define(
-    "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 LIBRARY.define(
     "frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# Some of torch's functions carry no types.
 """lora_linear on CUDA: the launches of one forward and one backward pass, as `plan.py` has them, chosen nowhere else.
 
 Imported where a call comes to the kernels, since only then triton is needed.

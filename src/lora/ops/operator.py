@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# torch.library's registration functions carry no types.
 """lora_linear as one operator: several linears of one input, their low-rank updates, dropout by seed.
 
     h = scales / (1 - p) * (mask * x) A^T                       (n, R)    A: every target's and adapter's, stacked
@@ -57,11 +55,9 @@ class Copies(NamedTuple):
 
 
 def make_copies(
-    A: Sequence[Sequence[Tensor]],
-    B: Sequence[Sequence[Tensor]],
-    scalings: Sequence[Sequence[float]],
+    A: Sequence[Sequence[Tensor]], B: Sequence[Sequence[Tensor]], scalings: Sequence[Sequence[float]],
     dtype: torch.dtype,
-) -> Copies:
+) -> Copies:  # fmt: skip
     """Copies of the masters in the compute dtype; each argument is indexed by target, then by adapter.
 
     Args:
@@ -87,16 +83,10 @@ def _scales(ranks: tuple[int, ...], numbers: tuple[float, ...], device: torch.de
 
 
 def fused_linear(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor] | None,
-    A: Sequence[Sequence[Tensor]],
-    B: Sequence[Sequence[Tensor]],
-    scalings: Sequence[Sequence[float]],
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    formats: str = "",
-) -> list[Tensor]:
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]], scalings: Sequence[Sequence[float]], dropout: float = 0.0,
+    seed: Tensor | None = None, formats: str = "",
+) -> list[Tensor]:  # fmt: skip
     """y_i = x W_i^T + b_i + sum over the target's adapters of s dropout(x) A^T B^T, for targets that share x.
 
     Args:

@@ -79,13 +79,10 @@ def plan(shape: Shape) -> Steps:
     ranks = sum(rank for _, rank in shape.targets)
     pairs = [_of_dy(shape.rows, out, rank, shape.major) for out, rank in shape.targets]
     return Steps(
-        hidden=_shrink(shape.rows, ranks, shape.dropout),
-        dyB=tuple(dyB for dyB, _ in pairs),
-        dB=tuple(dB for _, dB in pairs),
-        dA=_outer(shape.rows, ranks, shape.dropout),
-        dx=_dx(shape),
+        hidden=_shrink(shape.rows, ranks, shape.dropout), dyB=tuple(dyB for dyB, _ in pairs),
+        dB=tuple(dB for _, dB in pairs), dA=_outer(shape.rows, ranks, shape.dropout), dx=_dx(shape),
         two_streams=shape.rows >= SMALL,
-    )
+    )  # fmt: skip
 
 
 def _shrink(rows: int, ranks: int, dropout: bool) -> Step:

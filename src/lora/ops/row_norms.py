@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# Some of torch's functions carry no types.
 """The norm of each row of W0 + s B A, without B A: what DoRA divides by (Liu et al., 2024, arXiv:2402.09353).
 
 With P the stacked A and Q the stacked s B,

@@ -1,5 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
-# torch.library's registration functions carry no types.
 """The output scale of an update that has one (DoRA's m / ||W||), as one operator: y = c * z + bias.
 
     dz = c * dy,  dc = sum over rows of dy * z,  dbias = sum over rows of dy
@@ -21,8 +19,7 @@ from .dispatch import kernels_take
 LIBRARY = torch.library.Library("lora", "FRAGMENT")
 LIBRARY.define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(
-    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
 )
 BLOCK = 2**20  # elements that plain torch has in fp32 at a time
 

@@ -35,15 +35,9 @@ _ALPACA_NO_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 _SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "assistant": "assistant", "model": "assistant", "tool": "tool",
+}  # fmt: skip
 _ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -44,16 +44,9 @@ def prompt_as_trained(text: str, adapter: str | Path | None) -> Example:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str | Example],
-    *,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[str]:
+    model: Any, tokenizer: Any, prompts: Sequence[str | Example], *, max_new_tokens: int = 128, batch_size: int = 16,
+    temperature: float = 0.0, seed: int = 0, on_batch: Callable[[int], None] | None = None,
+) -> list[str]:  # fmt: skip
     """The answer to each prompt, in order, without the prompt and without special tokens.
 
     Prompts are rendered through the template that training uses; `model` is left as it was.

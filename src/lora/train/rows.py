@@ -132,9 +132,5 @@ def _read_hub(source: str, argument: str) -> list[Row]:
 
 
 _READERS: dict[str, Callable[[Path, str], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-}
+    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt,
+}  # fmt: skip

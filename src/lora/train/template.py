@@ -82,9 +82,7 @@ class PromptTemplate:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
         except jinja2.TemplateError as error:

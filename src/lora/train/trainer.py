@@ -171,14 +171,9 @@ def _adapted(recipe: Recipe) -> Any:
 
 
 def _train(
-    recipe: Recipe,
-    model: Any,
-    template: PromptTemplate,
-    data: EncodedData,
-    held_out: EncodedData | None,
-    watch: StepWatch,
-    console: Console,
-) -> None:
+    recipe: Recipe, model: Any, template: PromptTemplate, data: EncodedData, held_out: EncodedData | None,
+    watch: StepWatch, console: Console,
+) -> None:  # fmt: skip
     progress = RunProgress(console, watch, recipe.log_every)
     pad = template.tokenizer.pad_token_id
     use_cache = getattr(model.config, "use_cache", None)
@@ -251,25 +246,18 @@ def _save(
     """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
     lora.save(model, out)
     metrics: dict[str, float] = {
-        "loss": watch.recent_loss,
-        "seconds": round(watch.seconds, 3),
-        "tokens": watch.tokens,
-        "tokens_per_second": round(watch.tokens_per_second, 1),
-        "steps": watch.steps,
+        "loss": watch.recent_loss, "seconds": round(watch.seconds, 3), "tokens": watch.tokens,
+        "tokens_per_second": round(watch.tokens_per_second, 1), "steps": watch.steps,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    }  # fmt: skip
     if watch.eval_loss is not None:
         metrics["eval_loss"] = watch.eval_loss
     record = {
-        "format": data.format,
-        "rows": len(data.rows),
-        "rows_too_long": data.dropped,
-        "max_length": data.max_length,
+        "format": data.format, "rows": len(data.rows), "rows_too_long": data.dropped, "max_length": data.max_length,
         "quantisation": quantization({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
-        "stopped": stopped,
-        "metrics": metrics,
+        "stopped": stopped, "metrics": metrics,
         "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    }  # fmt: skip
     for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
         with replaced(out / name) as file:
             file.write_text(content, encoding="utf-8")
