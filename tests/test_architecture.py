@@ -30,7 +30,7 @@ ROOMS = {
     "exact": "errors tables ops bases updates",
     "layers": "errors kernels config ops bases updates exact",
     "targets": "errors config bases layers",
-    "resident": "errors bases layers",
+    "resident": "errors config bases layers",
     "preparation": "errors offload bases updates layers targets resident",
     "report": "errors tables bases layers resident preparation",
     "merging": "errors bases exact layers resident",

@@ -10,7 +10,7 @@ from .errors import LoraError, near
 from .layers import hosts
 from .layers.host import activate as activate_host
 from .merging import merge_acting, merged_into, unmerge
-from .resident import activate_all, check_root, drop, is_merged, resident, unwrap
+from .resident import activate_all, check_root, drop, is_merged, named, resident, unwrap
 
 
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -68,14 +68,8 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         LoraError: no such adapter, or none at all.
     """
     root = unwrap(model)
-    there = resident(root)
-    if name is not None:
-        check_name(name)
-    if not there:
-        raise LoraError("model: it has no adapter to remove")
-    if name is not None and name not in there:
-        raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
+    names = named(root, name, "to remove")
     check_root(root)
     if is_merged(root):
         unmerge(root)
-    drop(root, there if name is None else [name])
+    drop(root, names)

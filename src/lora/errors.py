@@ -22,3 +22,8 @@ def near(name: str, known: Iterable[str], count: int = 4) -> str:
         return f"; near names: {', '.join(close)}"
     more = ", ..." if len(known) > 3 * count else ""
     return f"; there is: {', '.join(known[: 3 * count])}{more}"
+
+
+def listed(names: list[str]) -> str:
+    """`a, b and c`"""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

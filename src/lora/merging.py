@@ -101,7 +101,7 @@ def unmerge(model: nn.Module) -> None:
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")
     into = merged_into(root)
-    _all_or_none(merged, _unmerge_host, _merge_host, into, model_dtype(root))
+    _all_or_none(merged, _unmerge_host, _merge_host, How(into, model_dtype(root)))
 
 
 def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
@@ -114,7 +114,7 @@ def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]
         adapters.check_merge(name, host, into)
     _check_finite(places)
     _check_shared(root, places)
-    return _all_or_none(places, _merge_host, _unmerge_host, into, model_dtype(root))
+    return _all_or_none(places, _merge_host, _unmerge_host, How(into, model_dtype(root)))
 
 
 def merged_into(root: nn.Module) -> str | None:
@@ -137,21 +137,18 @@ def _unmerge_host(place: Place, how: How) -> None:
     adapters.unmerge(name, host, how)
 
 
-def _all_or_none(
-    places: Iterable[Place], do: "Step[T]", back: "Step[object]", into: str | None, dtype: torch.dtype | None
-) -> list[T]:  # fmt: skip
+def _all_or_none(places: Iterable[Place], do: "Step[T]", back: "Step[object]", how: How) -> list[T]:
     """Do a step at every place; where one fails, take the ones done back and raise."""
     done: list[Place] = []
     results: list[T] = []
-    how = How(into, dtype)
     try:
         for place in places:
             results.append(do(place, how))
             done.append(place)
     except BaseException:
-        how = How(into, dtype)
+        again = How(how.into, how.dtype)
         for place in reversed(done):
-            back(place, how)
+            back(place, again)
         raise
     return results
 

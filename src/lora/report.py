@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from .bases import is_quantized, weight_of
 from .errors import LoraError
-from .layers import Kind, base_modules, hosts
+from .layers import base_modules, hosts
 from .layers.frozen import model_dtype
 from .preparation import prepared
 from .resident import acting, is_merged, resident, unwrap
@@ -48,19 +47,10 @@ class Summary:
         return 100 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        rows = [
-            [
-                r.adapter,
-                r.target,
-                r.kind,
-                size(r.shape),
-                "" if r.r is None else str(r.r),
-                r.runs,
-                str(r.layers),
-                f"{r.parameters:,}",
-            ]
-            for r in self.rows
-        ]
+        rows = []
+        for r in self.rows:
+            rank = "" if r.r is None else str(r.r)
+            rows.append([r.adapter, r.target, r.kind, size(r.shape), rank, r.runs, str(r.layers), f"{r.parameters:,}"])
         groups = f"; {self.groups} groups of linears share an input" if self.groups else ""
         state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"
         return (
@@ -86,26 +76,18 @@ def summary(model: nn.Module) -> Summary:
     for name, host, adapters in hosts(root):
         for adapter in adapters.records:
             shape, r, parameters = adapters.line(adapters[adapter])
-            runs = "idle" if adapter not in adapters.active else _runs(host, adapters, plain)
+            acts = "merged" if adapters.undo is not None else adapters.runs(host, plain)
+            runs = acts if adapter in adapters.active else "idle"
             key = (adapter, starred(name), adapters.original.__name__, shape, r, runs)
             grouped.setdefault(key, []).append(parameters)
     trainable = [p for p in root.parameters() if p.requires_grad]
     notes = [note for _, _, adapters in hosts(root) for note in adapters.notes()]
     return Summary(
         rows=[Row(*key, layers=len(counts), parameters=sum(counts)) for key, counts in grouped.items()],
-        trainable=sum(p.numel() for p in trainable),
-        total=_elements(root),
-        bytes=sum(p.nbytes for p in trainable),
-        acting=acting(root),
-        merged=is_merged(root),
-        prepared=prepared(root),
-        notes=list(dict.fromkeys(notes)),
+        trainable=sum(p.numel() for p in trainable), total=_elements(root), bytes=sum(p.nbytes for p in trainable),
+        acting=acting(root), merged=is_merged(root), prepared=prepared(root), notes=list(dict.fromkeys(notes)),
         groups=len({id(a.group) for _, _, a in hosts(root) if a.group is not None}),
-    )
-
-
-def _runs(host: nn.Module, adapters: Kind, plain: torch.dtype | None) -> str:
-    return "merged" if adapters.undo is not None else adapters.runs(host, plain)
+    )  # fmt: skip
 
 
 def _elements(root: nn.Module) -> int:

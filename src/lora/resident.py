@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .bases import allow_training
-from .errors import LoraError
+from .config import check_name
+from .errors import LoraError, near
 from .layers import Adapter, hosts
 from .layers.frozen import settle
 from .layers.host import activate, detach
@@ -47,6 +48,18 @@ def resident(root: nn.Module) -> dict[str, Adapter]:
     for _, _, adapters in hosts(root):
         found.update(adapters.records)
     return found
+
+
+def named(root: nn.Module, name: str | None, otherwise: str) -> list[str]:
+    """The adapter of that name, or all of them. Raises LoraError where there is none; `otherwise`: of any name."""
+    there = resident(root)
+    if name is not None:
+        check_name(name)
+    if not there:
+        raise LoraError(f"model: it has no adapter {otherwise}")
+    if name is not None and name not in there:
+        raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
+    return list(there) if name is None else [name]
 
 
 def acting(root: nn.Module) -> list[str]:

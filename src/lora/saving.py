@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from .activation import disabled
 from .bases import FrozenWeight
 from .config import check_name
-from .errors import LoraError, LoraWarning, near
+from .errors import LoraError, LoraWarning
 from .files.adapter import AdapterFile, read, write
 from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, other_quantization, quantization
 from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import from_peft, task_type, to_peft
 from .injection import check_reached, fresh_parts, install, new_adapter
 from .layers import Adapter, Kind, Part, base_modules, hosts
-from .resident import is_merged, resident, unwrap
+from .resident import is_merged, named, resident, unwrap
 from .targets import select
 from .updates import update_named
 
@@ -38,19 +38,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         LoraError: no such adapter, or tensors on the meta device.
     """
     root = unwrap(model)
-    there = resident(root)
-    if name is not None:
-        check_name(name)
-    if not there:
-        raise LoraError("model: it has no adapter to save; call lora.inject(model, ...) first")
-    if name is not None and name not in there:
-        raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
+    names = named(root, name, "to save; call lora.inject(model, ...) first")
     if is_merged(root):
         with disabled(root):
             return save(root, path, name)
-    for each in there if name is None else [name]:
-        alone = name is not None or len(there) == 1 or each == "default"
-        _save_one(root, Path(path) if alone else Path(path) / each, there[each])
+    for each in names:
+        alone = len(names) == 1 or each == "default"
+        _save_one(root, Path(path) if alone else Path(path) / each, resident(root)[each])
 
 
 def load(

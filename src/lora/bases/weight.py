@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import listed
 from ..ops.dequantize import dequantize, element
 
 Stored = tuple[list[Tensor], str]
@@ -229,8 +230,3 @@ def supported() -> str:
     owners = [f"nn.{name}" for name in by_package.pop("torch", [])]
     owners += [f"{package}' {listed(names)}" for package, names in by_package.items()]
     return f"supported are {listed(owners)}"
-
-
-def listed(names: list[str]) -> str:
-    """`a, b and c`"""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -8,6 +8,7 @@
 | call | the value that all of these take |
 | dispatch, plan | who computes a call; on what each of its products runs, and why |
 | reference, launch | the computation in plain torch, and with the kernels |
+| library | how an operator is told to torch |
 | recompute, philox | an input made again; a dropout mask made again |
 | frozen_linear, dequantize | the product with a quantized weight; its dense form |
 """

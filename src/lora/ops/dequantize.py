@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from .library import define
 
-LIBRARY = torch.library.Library("lora", "FRAGMENT")
-LIBRARY.define(
-    "dequantize(Tensor[] parts, str format, ScalarType dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
 TEXT = re.compile(r"(\w+):(\d+)x(\d+)((?::[1-9]\d*)*)")
 Launch = Callable[[Tensor], Tensor]
 """Writes the weight into a tensor (out, in), contiguous, and returns that."""
@@ -169,6 +166,4 @@ def _fake(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
     return parts[0].new_empty(Packed(parts, format).form.shape, dtype=dtype)
 
 
-LIBRARY.impl("dequantize", _dense, "CPU")
-LIBRARY.impl("dequantize", _dense, "CUDA")
-torch.library.register_fake("lora::dequantize", _fake, lib=LIBRARY)
+define("dequantize(Tensor[] parts, str format, ScalarType dtype) -> Tensor", _dense, _fake)

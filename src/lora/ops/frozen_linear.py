@@ -12,14 +12,7 @@ from torch.nn.functional import linear
 
 from .autograd import is_plain, once, refuse_transforms, unchanged, versions
 from .dequantize import Packed, layout
-
-LIBRARY = torch.library.Library("lora", "FRAGMENT")
-LIBRARY.define(
-    "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-LIBRARY.define(
-    "frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+from .library import define
 
 
 def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
@@ -111,9 +104,6 @@ def _fake_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], layout(format).shape[1])
 
 
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("frozen_linear", _run, device)
-    LIBRARY.impl("frozen_linear_backward", _run_backward, device)
-torch.library.register_fake("lora::frozen_linear", _fake, lib=LIBRARY)
-torch.library.register_fake("lora::frozen_linear_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("lora::frozen_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+SCHEMA = "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor"
+define(SCHEMA, _run, _fake, _backward, _setup_context)
+define("frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor", _run_backward, _fake_backward)

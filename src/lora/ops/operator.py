@@ -10,7 +10,7 @@ and a quantized weight is dequantized again. `dispatch.py` computes; eager calls
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +27,10 @@ from .autograd import (
 )
 from .call import Call, Matrices, gradient_dtype, thin
 from .dispatch import backward, hidden, products
+from .library import define
 from .philox import draw_seed
 
 CALL = "Tensor[] weights, str formats, Tensor A_cast, Tensor[] B_cast, Tensor scales, float dropout, Tensor? seed"
-LIBRARY = torch.library.Library("lora", "FRAGMENT")
-LIBRARY.define(
-    f"fused_linear(Tensor x, Tensor[] biases, Tensor[] A, Tensor[] B, {CALL}) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(
-    f"fused_linear_backward(Tensor[] dys, Tensor x, Tensor h, bool needs_dx, {CALL}) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def rebuild(x: Tensor, weights: list[Tensor], formats: str, *rest: Any) -> Call:
@@ -46,19 +38,11 @@ def rebuild(x: Tensor, weights: list[Tensor], formats: str, *rest: Any) -> Call:
     return Call(Matrices(weights, formats, x.dtype), *rest)
 
 
-class Copies(NamedTuple):
-    """What a forward pass and its backward pass compute with, made from the fp32 masters."""
-
-    A: Tensor  # (R, in), the targets' ranks one after the other, each target's adapters one after the other
-    B: list[Tensor]  # (out_i, R_i) for each target
-    scales: Tensor  # (R,) fp32
-
-
 def make_copies(
     A: Sequence[Sequence[Tensor]], B: Sequence[Sequence[Tensor]], scalings: Sequence[Sequence[float]],
     dtype: torch.dtype,
-) -> Copies:  # fmt: skip
-    """Copies of the masters in the compute dtype; each argument is indexed by target, then by adapter.
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """`Call`'s A, B and scales, in the compute dtype; each argument is indexed by target, then by adapter.
 
     Args:
         A: (r, in) each; B: (out, r) each; scalings: alpha / r or what stands for it, one number each.
@@ -72,7 +56,7 @@ def make_copies(
         places += whole.split([b.shape[1] for b in target], 1)
     torch._foreach_copy_(places, flat_A + flat_B)  # one launch for all the casts
     numbers = tuple(s for target in scalings for s in target)
-    return Copies(stacked, joined, _scales(tuple(ranks), numbers, stacked.device))
+    return stacked, joined, _scales(tuple(ranks), numbers, stacked.device)
 
 
 def _scales(ranks: tuple[int, ...], numbers: tuple[float, ...], device: torch.device) -> Tensor:
@@ -176,9 +160,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return dx, bias_gradients(dys, needs_b), masters[:half], masters[half:], grad_w, *nothing
 
 
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("fused_linear", _run, device)
-    LIBRARY.impl("fused_linear_backward", _run_backward, device)
-torch.library.register_fake("lora::fused_linear", _fake, lib=LIBRARY)
-torch.library.register_fake("lora::fused_linear_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("lora::fused_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+SCHEMA = f"fused_linear(Tensor x, Tensor[] biases, Tensor[] A, Tensor[] B, {CALL}) -> Tensor[]"
+SCHEMA_BACKWARD = f"fused_linear_backward(Tensor[] dys, Tensor x, Tensor h, bool needs_dx, {CALL}) -> Tensor[]"
+define(SCHEMA, _run, _fake, _backward, _setup_context)
+define(SCHEMA_BACKWARD, _run_backward, _fake_backward)

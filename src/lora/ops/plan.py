@@ -8,6 +8,7 @@ everywhere, so it has no step here.
 import functools
 from typing import NamedTuple
 
+from ..errors import listed
 from ..kernels.tuning import GRADIENTS
 
 TRITON, CUBLAS = "triton", "cublas"
@@ -156,9 +157,5 @@ def describe(steps: Steps) -> str:
         if step.engine in (CUBLAS, COPY) and name not in names.setdefault(step.why, []):
             names[step.why].append(name)
     every = len({name for name, _ in products})
-    parts = [f"{'all' if len(n) == every else _listed(n)} by cuBLAS ({why})" for why, n in names.items()]
+    parts = [f"{'all' if len(n) == every else listed(n)} by cuBLAS ({why})" for why, n in names.items()]
     return ", ".join(["fused", *parts])
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

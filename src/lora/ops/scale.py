@@ -15,12 +15,8 @@ from torch import Tensor
 from .autograd import is_plain
 from .call import as_rows, gradient_dtype
 from .dispatch import kernels_take
+from .library import define
 
-LIBRARY = torch.library.Library("lora", "FRAGMENT")
-LIBRARY.define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define(
-    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-)
 BLOCK = 2**20  # elements that plain torch has in fp32 at a time
 
 
@@ -135,9 +131,5 @@ def _fake_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return _fake(z, scale, None), torch.empty_like(scale)
 
 
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("scale_output", _run, device)
-    LIBRARY.impl("scale_output_backward", _run_backward, device)
-torch.library.register_fake("lora::scale_output", _fake, lib=LIBRARY)
-torch.library.register_fake("lora::scale_output_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("lora::scale_output", _backward, setup_context=_setup_context, lib=LIBRARY)
+define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", _run, _fake, _backward, _setup_context)
+define("scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", _run_backward, _fake_backward)

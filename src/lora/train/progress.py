@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from .watch import StepWatch
 
@@ -25,14 +25,12 @@ class RunProgress(TrainerCallback):
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), console=console, transient=True
         )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._task = self._bar.add_task("training", total=state.max_steps, line="first step")
         if self.console.is_terminal:
             self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         line = self._line(state.max_steps)
         self._bar.update(self._task, completed=state.global_step, line=line)
         if not self.console.is_terminal and (
@@ -40,7 +38,7 @@ class RunProgress(TrainerCallback):
         ):
             self.console.print(line, highlight=False)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.console.print(f"step {state.global_step}: eval loss {self.watch.eval_loss:.4f}", highlight=False)
 
     def stop(self) -> None:

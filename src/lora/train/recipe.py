@@ -10,16 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from ..config import SETTINGS, LoraConfig
@@ -31,7 +22,7 @@ RUN_FILE = "run.json"
 
 
 class _Job(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = {"extra": "forbid", "frozen": True, "allow_inf_nan": False, "protected_namespaces": ()}
 
     model: str = Field(description="Base model: a folder, or a name on the hub.", min_length=1)
     data: str = Field(

@@ -201,31 +201,18 @@ def _train(
 
 def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments:
     arguments = TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        output_dir=scratch, seed=recipe.seed, use_liger_kernel=recipe.liger,
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.grad_accum,
-        num_train_epochs=recipe.epochs or 1,
-        max_steps=recipe.max_steps or -1,
-        optim=OPTIMIZERS[recipe.optimizer],
-        learning_rate=recipe.lr,
-        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        num_train_epochs=recipe.epochs or 1, max_steps=recipe.max_steps or -1,
+        optim=OPTIMIZERS[recipe.optimizer], learning_rate=recipe.lr, lr_scheduler_type=_SCHEDULES[recipe.schedule],
         warmup_steps=0.03 if recipe.warmup_steps is None else recipe.warmup_steps,  # below 1 it is a share
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        use_liger_kernel=recipe.liger,
-        seed=recipe.seed,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch" if evaluate else "no",
-        save_strategy="no",
-        logging_strategy="no",
+        weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
+        train_sampling_strategy="group_by_length", remove_unused_columns=False,
+        eval_strategy="epoch" if evaluate else "no", save_strategy="no", logging_strategy="no",
         logging_nan_inf_filter=False,  # it would show 0.0 for a NaN and go on
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
     if arguments.n_gpu > 1:
         # With several GPUs in one process Trainer would wrap the model in DataParallel, which is slower than one GPU.
         arguments._n_gpu = 1
