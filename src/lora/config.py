@@ -62,9 +62,8 @@ def _setting(default: Any, help: str, check: Check | tuple[str, ...], peft: str,
     if isinstance(check, tuple):
         check = _unless(lambda value: value in choices, f"one of {', '.join(choices)}")
     metadata = {"setting": Setting(help, check, peft, maths, choices)}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=type(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    start: Any = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
+    return field(**start, metadata=metadata)
 
 
 def _unless(fits: Callable[[Any], bool], allowed: str) -> Check:
@@ -151,33 +150,24 @@ class LoraConfig:
     """
 
     r: int = _setting(
-        8,
-        "Rank of the update.",
-        _unless(_is_rank, "the rank is a whole number of at least 1, such as 8, 16 or 64"),
-        peft="r",
-        maths=1,
-    )
+        8, "Rank of the update.",
+        _unless(_is_rank, "the rank is a whole number of at least 1, such as 8, 16 or 64"), peft="r", maths=1,
+    )  # fmt: skip
     targets: str | list[str] | None = _setting(
         None,
         "Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression "
-        "[default: the query and value projections].",
-        _bad_names,
-        peft="target_modules",
-        maths=7,
-    )
+        "[default: the query and value projections].", _bad_names, peft="target_modules", maths=7,
+    )  # fmt: skip
     alpha: float | None = _setting(
-        None,
-        "Scale: the update is multiplied by alpha / r [default: 2 * r].",
+        None, "Scale: the update is multiplied by alpha / r [default: 2 * r].",
         _unless(lambda value: value is None or _is_number(value, 0), "a finite number above 0, or None for 2 * r"),
-        peft="lora_alpha",
-        maths=2,
-    )
+        peft="lora_alpha", maths=2,
+    )  # fmt: skip
     dropout: float = _setting(
-        0.0,
-        "Dropout on the input of A.",
+        0.0, "Dropout on the input of A.",
         _unless(lambda p: _is_number(p, -1) and 0 <= p < 1, "a probability from 0 up to, but not including, 1"),
         peft="lora_dropout",
-    )
+    )  # fmt: skip
     bias: str = _setting("none", "Which biases are trained as well.", BIAS_MODES, peft="bias", maths=4)
     init: str = _setting("gaussian", "How A starts; B starts at zero.", INITS, peft="init_lora_weights")
     rslora: bool = _setting(
@@ -187,41 +177,27 @@ class LoraConfig:
         None, "Layers to leave out: name suffixes, or a regular expression.", _bad_names, peft="exclude_modules"
     )
     layers: int | list[int] | None = _setting(
-        None,
-        "Indices of the layers to adapt, such as 0,1 [default: all].",
+        None, "Indices of the layers to adapt, such as 0,1 [default: all].",
         _unless(_are_layers, "one index, a list of indices counted from 0, or None for all"),
         peft="layers_to_transform",
-    )
+    )  # fmt: skip
     rank_pattern: dict[str, int] = _setting(
-        {},
-        "Ranks of some targets, by the end of their name: down_proj=16,layers.0.self_attn.q_proj=4.",
-        _pattern(_is_rank, "whole numbers of at least 1"),
-        peft="rank_pattern",
-        maths=5,
-    )
+        {}, "Ranks of some targets, by the end of their name: down_proj=16,layers.0.self_attn.q_proj=4.",
+        _pattern(_is_rank, "whole numbers of at least 1"), peft="rank_pattern", maths=5,
+    )  # fmt: skip
     alpha_pattern: dict[str, float] = _setting(
-        {},
-        "Alphas of some targets, written like rank_pattern.",
-        _pattern(lambda value: _is_number(value, 0), "finite numbers above 0"),
-        peft="alpha_pattern",
-        maths=6,
-    )
+        {}, "Alphas of some targets, written like rank_pattern.",
+        _pattern(lambda value: _is_number(value, 0), "finite numbers above 0"), peft="alpha_pattern", maths=6,
+    )  # fmt: skip
     train: list[str] = _setting(
-        [],
-        "Modules trained whole and saved with the adapter.",
-        _unless(_is_names, "a list of module names, such as ['score']"),
-        peft="modules_to_save",
-        maths=8,
-    )
+        [], "Modules trained whole and saved with the adapter.",
+        _unless(_is_names, "a list of module names, such as ['score']"), peft="modules_to_save", maths=8,
+    )  # fmt: skip
     update: str = _setting(
-        "lora",
-        "What each target holds: lora, dora, or an update that was registered.",
-        _unless(
-            lambda value: isinstance(value, str) and value != "", "the name of an update, such as 'lora' or 'dora'"
-        ),
-        peft="lora_update",
-        maths=10,
-    )
+        "lora", "What each target holds: lora, dora, or an update that was registered.",
+        _unless(lambda name: isinstance(name, str) and name != "", "the name of an update, such as 'lora' or 'dora'"),
+        peft="lora_update", maths=10,
+    )  # fmt: skip
     dora: bool = _setting(False, "Short for update=dora (arXiv:2402.09353).", _FLAG, peft="use_dora", maths=9)
 
     def __post_init__(self) -> None:
