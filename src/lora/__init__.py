@@ -26,20 +26,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "LoraConfig": "config",
-    "LoraError": "errors",
-    "LoraWarning": "errors",
-    "activate": "activation",
-    "disabled": "activation",
-    "inject": "injection",
-    "load": "saving",
-    "merge": "merging",
-    "prepare": "preparation",
-    "remove": "activation",
-    "save": "saving",
-    "summary": "report",
-    "unmerge": "merging",
-}
+    "LoraConfig": "config", "LoraError": "errors", "LoraWarning": "errors", "activate": "activation",
+    "disabled": "activation", "inject": "injection", "load": "saving", "merge": "merging", "prepare": "preparation",
+    "remove": "activation", "save": "saving", "summary": "report", "unmerge": "merging",
+}  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 
 

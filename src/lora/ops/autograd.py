@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import LoraError
 from .call import Call
-from .dispatch import backward, hidden, products
+from .dispatch import form
 from .recompute import Factors, remake
 
 Grads = list[Tensor | None]
@@ -82,7 +82,7 @@ class Held(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        h = hidden(x, call)
+        h = form(x).hidden(x, call)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h)
         ctx.remake = remake(x)
@@ -104,7 +104,7 @@ class Held(torch.autograd.Function):
         if needs_x:
             unchanged(ctx.matrices.tensors, ctx.versions)
         x = x if ctx.remake is None else ctx.remake.factors()
-        found = backward(dys, x, h, Call(ctx.matrices, A, B, scales, ctx.dropout, seed), needs_x)
+        found = form(h).backward(dys, x, h, Call(ctx.matrices, A, B, scales, ctx.dropout, seed), needs_x)
         dx = found.pop() if needs_x else None
         return None, dx, *weight_gradients(dys, x, needs[: ctx.dense]), *master_gradients(found, ctx.masters)
 
@@ -117,7 +117,7 @@ class Products(torch.autograd.Function):
         ctx: Any, call: Call, inputs: tuple[Tensor, Tensor], biases: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(products(*inputs, call, list(tensors[:biases])))
+        return tuple(form(inputs[0]).products(*inputs, call, list(tensors[:biases])))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from ..kernels.outer import outer_
 from ..kernels.product import product
 from ..kernels.shrink import shrink_
 from ..kernels.tuning import card
-from .call import Call, thin
+from .call import Call, as_rows, thin
 from .philox import inverse_keep, threshold
 from .plan import COPY, ONCE, TRITON, Shape, Steps, plan
 from .recompute import Factors
@@ -30,15 +30,16 @@ NO_MASK: Mask = (1.0, None, 0)
 
 def hidden(x: Tensor, call: Call) -> Tensor:
     """h = scales / (1 - p) * dropout(x) A^T, (n, R) padded, from x (n, K)."""
-    rank = call.A.shape[0]
+    x, rank = as_rows(x), call.A.shape[0]
     h = thin(x, rank)
-    shrink_step_(steps_of(x, call).hidden.engine, h[:, :rank], x, call.A, call.scales, mask_of(call))
+    with torch.cuda.device_of(x):
+        shrink_step_(steps_of(x, call).hidden.engine, h[:, :rank], x, call.A, call.scales, mask_of(call))
     return h
 
 
 def products(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Tensor]:
     """y_i = x W_i^T + b_i + h_i B_i^T for B_i (N_i, R_i), h_i their columns of h."""
-    ys = []
+    x, ys = as_rows(x), []
     for i, (b, columns) in enumerate(zip(call.B, call.columns(), strict=True)):
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
         # is as fast. The thin product first and the large one into it is faster than the other way; with a bias it
@@ -53,6 +54,14 @@ def products(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Ten
 
 def backward(dys: list[Tensor], x: Tensor | Factors, h: Tensor, call: Call, needs_dx: bool) -> list[Tensor]:
     """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets."""
+    if not isinstance(x, Factors):
+        x = as_rows(x)
+    dys = [as_rows(dy) for dy in dys]
+    with torch.cuda.device_of(h):
+        return _backward(dys, x, h, call, needs_dx)
+
+
+def _backward(dys: list[Tensor], x: Tensor | Factors, h: Tensor, call: Call, needs_dx: bool) -> list[Tensor]:
     left = x.left if isinstance(x, Factors) else x
     steps = steps_of(left, call, dys)
     rank, columns, mask = call.A.shape[0], call.columns(), mask_of(call)

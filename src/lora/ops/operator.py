@@ -26,7 +26,7 @@ from .autograd import (
     weight_gradients,
 )
 from .call import Call, Matrices, gradient_dtype, thin
-from .dispatch import backward, hidden, products
+from .dispatch import form
 from .library import define
 from .philox import draw_seed
 
@@ -110,13 +110,14 @@ def fused_linear(
 
 def _run(x: Tensor, biases: list[Tensor], A: list[Tensor], B: list[Tensor], *flat: Any) -> list[Tensor]:
     """[y_i ..., h]"""
-    call = rebuild(x, *flat)
-    h = hidden(x, call)
-    return [*products(x, h, call, biases), h]
+    call, made = rebuild(x, *flat), form(x)
+    h = made.hidden(x, call)
+    return [*made.products(x, h, call, biases), h]
 
 
 def _run_backward(dys: list[Tensor], x: Tensor, h: Tensor, needs_dx: bool, *flat: Any) -> list[Tensor]:
-    return backward(dys, x, h, rebuild(x, *flat), needs_dx)
+    found: list[Tensor] = form(h).backward(dys, x, h, rebuild(x, *flat), needs_dx)
+    return found
 
 
 # Shapes, and gradients.

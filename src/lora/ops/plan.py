@@ -86,24 +86,18 @@ def plan(shape: Shape) -> Steps:
     )  # fmt: skip
 
 
-def _shrink(rows: int, ranks: int, dropout: bool) -> Step:
+def _shrink(rows: int, ranks: int, dropout: bool, most: int = SHRINK_RANKS) -> Step:
     """A tall operand times a thin one: x A^T, dy B. The mask is drawn in the kernel, so few rows stay there with it."""
     if dropout:
         return Step(COPY, f"over {MASKED_RANKS} ranks") if ranks > MASKED_RANKS else Step(TRITON)
     if rows < SMALL:
         return Step(CUBLAS, "few rows")
-    return Step(CUBLAS, f"over {SHRINK_RANKS} ranks") if ranks > SHRINK_RANKS else Step(TRITON)
+    return Step(CUBLAS, f"over {most} ranks") if ranks > most else Step(TRITON)
 
 
 def _outer(rows: int, ranks: int, dropout: bool) -> Step:
-    """A thin transposed operand times a tall one: dA, and dB where it is apart."""
-    if rows == 0:
-        return Step(TRITON)  # which writes zeros
-    if dropout:
-        return Step(COPY, f"over {MASKED_RANKS} ranks") if ranks > MASKED_RANKS else Step(TRITON)
-    if rows < SMALL:
-        return Step(CUBLAS, "few rows")
-    return Step(CUBLAS, f"over {OUTER_RANKS} ranks") if ranks > OUTER_RANKS else Step(TRITON)
+    """A thin transposed operand times a tall one: dA, and dB where it is apart. Of no rows our kernel writes zeros."""
+    return _shrink(rows, ranks, dropout, OUTER_RANKS) if rows else Step(TRITON)
 
 
 def _of_dy(rows: int, out: int, rank: int, major: int) -> tuple[Step, Step]:
