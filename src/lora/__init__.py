@@ -5,6 +5,7 @@
 Names load on first use, so that `lora --help` and `import lora` cost nothing.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,19 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    value = getattr(import_module(f"lora.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+def load_on_use(package: str, home: dict[str, str], names: dict[str, Any]) -> Callable[[str], Any]:
+    """A package's `__getattr__`: `home` says in which of its modules a name is, `names` are its globals."""
+
+    def load(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(home)}")
+        names[name] = value = getattr(import_module(f"{package}.{home[name]}"), name)
+        return value
+
+    return load
+
+
+__getattr__ = load_on_use(__name__, _HOME, globals())
 
 
 def __dir__() -> list[str]:

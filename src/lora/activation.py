@@ -10,7 +10,7 @@ from .errors import LoraError, near
 from .layers import hosts
 from .layers.host import activate as activate_host
 from .merging import merge_acting, merged_into, unmerge
-from .resident import activate_all, check_root, drop, is_merged, named, resident, unwrap
+from .resident import activate_all, check_root, drop, is_merged, named, refuse_merged, resident, unwrap
 
 
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -29,8 +29,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
             raise LoraError(f"names: the model has no adapter {name!r}{near(name, there)}; lora.load or lora.inject it")
     if len(set(chosen)) != len(chosen):
         raise LoraError(f"names: got {chosen!r}, with a name twice; list each adapter once")
-    if is_merged(root):
-        raise LoraError("model: its adapters are merged into the weights; call lora.unmerge(model) first")
+    refuse_merged(root)
     for host_name, _, adapters in hosts(root):
         adapters.check_together(host_name, [name for name in chosen if name in adapters])
     activate_all(root, chosen)

@@ -12,7 +12,7 @@ from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, adapters_of, base_modules, hosts
 from .layers.frozen import settle
 from .layers.host import acting_class, attach
-from .resident import activate_all, check_root, resident, unwrap
+from .resident import activate_all, check_root, refuse_merged, resident, unwrap
 from .targets import default_targets, select
 from .updates import update_named
 
@@ -61,8 +61,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
         raise LoraError(
             f"name: the model already has an adapter {name!r}; give another name=, or lora.remove(model, {name!r})"
         )
-    if any(adapters.undo is not None for _, _, adapters in hosts(root)):
-        raise LoraError("model: its adapters are merged into the weights; call lora.unmerge(model) first")
+    refuse_merged(root)
     if others:
         before = next(iter(others.values())).trainable_before
     else:

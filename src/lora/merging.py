@@ -12,7 +12,7 @@ from .errors import LoraError, LoraWarning
 from .exact import How, MergedModule, MergeReport
 from .layers import Kind, base_modules, hosts
 from .layers.frozen import model_dtype
-from .resident import acting, drop, is_merged, resident, unwrap
+from .resident import acting, drop, refuse_merged, resident, unwrap
 
 KEPT_FLOOR = 0.99
 """A merge warns when less than this share of an update survives the rounding."""
@@ -49,8 +49,7 @@ def merge(
         LoraWarning: a module kept less than 99 % of its update.
     """
     root = unwrap(model)
-    if is_merged(root):
-        raise LoraError("model: its adapters are merged already; call lora.unmerge(model) first")
+    refuse_merged(root)
     names = acting(root)
     if not names:
         raise LoraError(

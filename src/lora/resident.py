@@ -71,6 +71,11 @@ def is_merged(root: nn.Module) -> bool:
     return any(adapters.undo is not None for _, _, adapters in hosts(root))
 
 
+def refuse_merged(root: nn.Module) -> None:
+    if is_merged(root):
+        raise LoraError("model: its adapters are merged already; call lora.unmerge(model) first")
+
+
 def activate_all(root: nn.Module, names: Iterable[str]) -> None:
     names = list(names)
     for _, host, _ in hosts(root):

@@ -16,7 +16,14 @@ _SIMPLE_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 _PAIR = re.compile(r"([^=]+)=([^=,]+)(?:,|$)")
 
 
-def train(recipe: Path | None = None, *, force: bool = False, **flags: Any) -> None:
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A YAML or JSON file with the fields below.", show_default=False)
+    ] = None,
+    *,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")] = False,
+    **flags: Any,
+) -> None:
     """Train an adapter on your rows: from a recipe file, from flags, or both (flags win).
 
     The loss falls on the answers only. Rows may be prompt/completion, messages, sharegpt conversations, alpaca,
@@ -92,18 +99,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _signature() -> inspect.Signature:
-    recipe = inspect.Parameter(
-        "recipe",
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        default=None,
-        annotation=Annotated[
-            Path | None, typer.Argument(help="A YAML or JSON file with the fields below.", show_default=False)
-        ],
-    )
-    force = inspect.Parameter(
-        "force", inspect.Parameter.KEYWORD_ONLY, default=False,
-        annotation=Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")],
-    )  # fmt: skip
+    recipe, force, _ = inspect.signature(train).parameters.values()
     return inspect.Signature([recipe, *map(_flag, Recipe.model_fields), force])
 
 

@@ -3,8 +3,9 @@
 Names load on first use: the recipe alone must not cost an import of torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import load_on_use
 
 if TYPE_CHECKING:
     from .generation import generate as generate
@@ -17,12 +18,7 @@ _HOME = {"Recipe": "recipe", "Result": "trainer", "generate": "generation", "loa
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lora.train' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    value = getattr(import_module(f"lora.train.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = load_on_use(__name__, _HOME, globals())
 
 
 def __dir__() -> list[str]:

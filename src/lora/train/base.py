@@ -83,12 +83,7 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises `LoraError` when there is none."""
     from transformers import AutoTokenizer
 
-    _check_place(name, "model")
-    try:
-        with quiet(bars=_downloads(name)):
-            return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LoraError(f"model: the tokenizer of {name!r} could not be loaded: {_first_line(error)}") from error
+    return _read(AutoTokenizer, name, "tokenizer", bars=_downloads(name))
 
 
 def max_positions(name: str) -> int | None:
@@ -100,12 +95,16 @@ def max_positions(name: str) -> int | None:
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
-    _check_place(name, "model")
+    return _read(AutoConfig, name, "config")
+
+
+def _read(kind: Any, name: str, what: str, bars: bool = False) -> Any:
+    _check_place(name)
     try:
-        with quiet():
-            return AutoConfig.from_pretrained(name)
+        with quiet(bars):
+            return kind.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise LoraError(f"model: the config of {name!r} could not be loaded: {_first_line(error)}") from error
+        raise LoraError(f"model: the {what} of {name!r} could not be loaded: {_first_line(error)}") from error
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -120,16 +119,16 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _check_place(name: str, argument: str) -> None:
+def _check_place(name: str) -> None:
     """A mistyped path would be asked of the hub, whose answer speaks of repository ids."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise LoraError(f"{argument}: the folder {name!r} has no config.json, so it is not a saved model")
+            raise LoraError(f"model: the folder {name!r} has no config.json, so it is not a saved model")
     elif path.exists():
-        raise LoraError(f"{argument}: {name!r} is a file; give the model's folder or its name on the hub")
+        raise LoraError(f"model: {name!r} is a file; give the model's folder or its name on the hub")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise LoraError(f"{argument}: there is no folder {name!r}; give a saved model's folder or a name on the hub")
+        raise LoraError(f"model: there is no folder {name!r}; give a saved model's folder or a name on the hub")
 
 
 def _downloads(name: str) -> bool:

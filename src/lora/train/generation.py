@@ -130,7 +130,8 @@ def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, tempera
 
 @torch.inference_mode()
 def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[int]], settings: Any) -> list[str]:
-    ids, mask = _pad_left(batch, settings.pad_token_id)
+    ids = padded(batch, settings.pad_token_id, left=True)
+    mask = padded([[1] * len(row) for row in batch], 0, left=True)
     with quiet():
         output: Tensor = model.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
@@ -142,9 +143,8 @@ def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[i
     return [str(template.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
 
 
-def _pad_left(batch: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (rows, longest), padded on the left so that every answer starts at one column."""
-    longest = max(map(len, batch))
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in batch])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch])
-    return ids, mask
+def padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
+    """(rows, longest), padded on the right, or on the left so that all rows end at one column."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, fill, strict=True)])

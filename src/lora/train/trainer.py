@@ -24,6 +24,7 @@ from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
 from .base import check_quantization, load_base, load_tokenizer, max_positions, pick_dtype
 from .encode import IGNORED, Encoded, EncodedData, encode_rows
+from .generation import padded
 from .needs import OPTIMIZERS, check_liger, check_needs
 from .progress import RunProgress
 from .quiet import quiet
@@ -56,16 +57,9 @@ class PaddingCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), self.pad_id)
-        labels = torch.full((len(rows), longest), IGNORED)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            ids[index, :length] = torch.tensor(row["input_ids"])
-            labels[index, :length] = torch.tensor(row["labels"])
-            mask[index, :length] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        mask = padded([[1] * len(row) for row in ids], 0)
+        return {"input_ids": padded(ids, self.pad_id), "attention_mask": mask, "labels": padded(labels, IGNORED)}
 
 
 class LoraTrainer(Trainer):
