@@ -240,7 +240,5 @@ SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Lo
 def check_name(name: str) -> str:
     """An adapter's name is a part of keys and paths: letters, digits, _ and - only."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise LoraError(
-            f"name: got {name!r}; an adapter's name has 1 to 64 letters, digits, '_' or '-' and no path in it"
-        )
+        raise LoraError(f"name: got {name!r}; an adapter's name has 1 to 64 letters, digits, '_' or '-', and no path")
     return name

@@ -117,9 +117,8 @@ def prepared(root: nn.Module) -> str:
 
 def _checkpoint(root: nn.Module, offload: bool) -> None:
     # The method has another name in older transformers 5.
-    enable: Any = getattr(root, "activation_checkpointing_enable", None) or getattr(
-        root, "gradient_checkpointing_enable", None
-    )
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable: Any = next((getattr(root, name) for name in names if getattr(root, name, None)), None)
     if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
         raise LoraError(
             f"checkpointing: {type(root).__name__} does not know it; pass checkpointing=False, or wrap its layers in "

@@ -173,9 +173,7 @@ def _check_origin(file: AdapterFile, weights: dict[str, FrozenWeight]) -> None:
         )
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
         if quantization(weights) is None or apart(header[BASE], weights) > REQUANTIZED:
-            raise LoraError(
-                f"{folder}: this adapter was trained on another base: {why}; load it on its own base, or {again}"
-            )
+            raise LoraError(f"{folder}: this adapter was trained on another base: {why}; load it on that, or {again}")
         warnings.warn(
             f"{folder}: {why}, each by little: its base was quantized from another dtype or on another device, or is a "
             "near relative of this one",

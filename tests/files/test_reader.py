@@ -29,8 +29,9 @@ def net() -> nn.Module:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    lora.save(randomize(lora.inject(net(), r=1, targets=["0", "1"])), tmp_path)
-    return tmp_path
+    """In a folder of its own: other tests' adapters lie beside tmp_path."""
+    lora.save(randomize(lora.inject(net(), r=1, targets=["0", "1"])), tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
 def by_inspect(folder: Path) -> str | None:

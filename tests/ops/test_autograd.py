@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora import LoraError
-from lora.ops import autograd
+from lora.ops import autograd, reference
 from lora.ops.call import Call
 from lora.ops.frozen_linear import frozen_linear
 from lora.ops.operator import fused_linear
@@ -75,13 +75,13 @@ def test_an_activation_that_was_checkpointed_is_not_made_again() -> None:
 
 def test_a_checkpoint_holds_no_copies_of_A_and_B(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    real = autograd.products
+    real = reference.products
 
     def spied(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Tensor]:
         alive.append(weakref.ref(call.B[0]))
         return real(x, h, call, biases)
 
-    monkeypatch.setattr(autograd, "products", spied)
+    monkeypatch.setattr(reference, "products", spied)
     gate, _ = factors()
     y = checkpoint(lambda x: ours(x, *parts()), gate, use_reentrant=False)
     assert alive[0]() is None
@@ -165,7 +165,7 @@ def test_outputs_one_after_the_other_and_together() -> None:
 def test_gradients_of_the_biases_alone_compute_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights, A, B, biases = two()
     ys = fused_linear(x, weights, biases, A, B, [[1.0], [0.5]])
-    monkeypatch.setattr(autograd, "backward", None)
+    monkeypatch.setattr(reference, "backward", None)
     found = torch.autograd.grad([y.sum() for y in ys], biases)
     assert all(torch.equal(g, torch.full_like(g, 6)) for g in found)
 

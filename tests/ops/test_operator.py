@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora import LoraError
-from lora.ops import autograd
+from lora.ops import reference
 from lora.ops.operator import fused_linear, make_copies
 from lora.ops.philox import inverse_keep, keep_mask
 
@@ -253,8 +253,8 @@ def test_what_autograd_does_not_hold_is_saved(make) -> None:  # type: ignore[no-
 
 def test_a_checkpoint_does_not_repeat_the_last_products(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights, _, A, B, scalings = problem(6, 12, (12,), ((3,),), bias=False)
-    real, calls = autograd.products, []
-    monkeypatch.setattr(autograd, "products", lambda *a: calls.append(1) or real(*a))
+    real, calls = reference.products, []
+    monkeypatch.setattr(reference, "products", lambda *a: calls.append(1) or real(*a))
 
     def layer(x: Tensor) -> Tensor:
         return fused_linear(fused_linear(x, weights, None, A, B, scalings)[0].tanh(), weights, None, A, B, scalings)[0]

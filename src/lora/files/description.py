@@ -12,6 +12,8 @@ from .header import PREFIX, Entry
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 
+_CHECKSUM = {True: "verified", False: "WRONG, the file was damaged; copy it again", None: "not recorded"}
+
 
 @dataclass
 class Target:
@@ -55,19 +57,14 @@ class Description:
         for other in self.others:
             assert other.a is not None
             rows.append([other.name, str(other.modules), size(other.a.shape), "", "", "", f"{other.parameters:,}"])
-        dtypes = sorted(
-            {half.dtype for target in [*self.targets, *self.others] for half in (target.a, target.b) if half}
-        )
+        both = [half for target in [*self.targets, *self.others] for half in (target.a, target.b)]
+        dtypes = sorted({half.dtype for half in both if half})
         lines = [
             table(["target", "modules", "A", "B", "r", "scaling", "parameters"], rows),
             f"total {self.parameters:,} parameters, {self.file.nbytes:,} bytes, {', '.join(dtypes)}",
             f"base model: {self.file.config.get('base_model_name_or_path') or 'not recorded'}",
             self._settings(),
-            {
-                True: "checksum: verified",
-                False: "checksum: WRONG, the file was damaged; copy it again",
-                None: "checksum: not recorded",
-            }[self.file.verified],
+            f"checksum: {_CHECKSUM[self.file.verified]}",
         ]
         lines += [f"INCOMPLETE: {module} has only one of A and B" for module in self.incomplete]
         return "\n".join(lines)

@@ -43,9 +43,8 @@ def fingerprint(weights: Mapping[str, Weight]) -> str:
         row, column = (i * 2654435761 + 12345) % rows, (i * 40503 + 6789) % columns
         samples.append([name, row, column, weights[name].at(row, column).item()])
     dtype = _name(torch.float32 if quantization(weights) else weights[names[0]].dtype) if names else None
-    return json.dumps(
-        {"layout": layout(weights), "dtype": dtype, "quantisation": quantization(weights), "samples": samples}
-    )
+    found = {"layout": layout(weights), "dtype": dtype, "quantisation": quantization(weights)}
+    return json.dumps(found | {"samples": samples})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -64,10 +64,8 @@ def remake(x: Tensor) -> Remake | None:
         factors = node.saved_tensors
     else:
         return None
-    fit = all(
-        isinstance(f, Tensor) and f.numel() == x.numel() and f.dtype == x.dtype and f.is_contiguous() for f in factors
-    )
-    if not fit or len(factors) != 2:
+    alike = [isinstance(f, Tensor) and f.numel() == x.numel() and f.dtype == x.dtype for f in factors]
+    if alike != [True, True] or not all(f.is_contiguous() for f in factors):
         return None
     found = Remake(node, x.shape)
     return found if node.name() == "MulBackward0" or _is_swiglu(found, x) else None

@@ -115,10 +115,8 @@ def _raise_faults(faults: dict[str, list[int]], argument: str) -> None:
         shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         lines.append(f"  - row{'s' if len(numbers) > 1 else ''} {shown}: {fault}")
     more = f"\n  - and {len(lines) - 5} other faults" if len(lines) > 5 else ""
-    count = sum(map(len, faults.values()))
-    raise LoraError(
-        f"{argument}: {count} row(s) cannot be trained on; correct or remove them\n" + "\n".join(lines[:5]) + more
-    )
+    head = f"{argument}: {sum(map(len, faults.values()))} row(s) cannot be trained on; correct or remove them"
+    raise LoraError("\n".join([head, *lines[:5]]) + more)
 
 
 def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> Iterator[Encoded]:
