@@ -1,8 +1,8 @@
 """merge and unmerge: fold the update into W0 in fp32, round once, and give W0 back bit for bit."""
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def unmerge(model: nn.Module) -> None:
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")
     into = merged_into(root)
-    _all_or_none(merged, _unmerge_host, _merge_host, How(into, model_dtype(root)))
+    _all_or_none(merged, How(into, model_dtype(root)), back=True)
 
 
 def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
@@ -113,7 +113,7 @@ def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]
         adapters.check_merge(name, host, into)
     _check_finite(places)
     _check_shared(root, places)
-    return _all_or_none(places, _merge_host, _unmerge_host, How(into, model_dtype(root)))
+    return _all_or_none(places, How(into, model_dtype(root)))
 
 
 def merged_into(root: nn.Module) -> str | None:
@@ -122,32 +122,23 @@ def merged_into(root: nn.Module) -> str | None:
     return next((undo.into for undo in undone if undo.into is not None), None)
 
 
-T = TypeVar("T")
-Step = Callable[[Place, How], T]
-
-
-def _merge_host(place: Place, how: How) -> MergedModule:
+def _step(place: Place, how: How, back: bool) -> Any:
     name, host, adapters = place
-    return adapters.merge(name, host, how)
+    return (adapters.unmerge if back else adapters.merge)(name, host, how)
 
 
-def _unmerge_host(place: Place, how: How) -> None:
-    name, host, adapters = place
-    adapters.unmerge(name, host, how)
-
-
-def _all_or_none(places: Iterable[Place], do: "Step[T]", back: "Step[object]", how: How) -> list[T]:
-    """Do a step at every place; where one fails, take the ones done back and raise."""
+def _all_or_none(places: Iterable[Place], how: How, back: bool = False) -> list[Any]:
+    """Merge at every place, or unmerge; where one fails, take the ones done back and raise."""
     done: list[Place] = []
-    results: list[T] = []
+    results = []
     try:
         for place in places:
-            results.append(do(place, how))
+            results.append(_step(place, how, back))
             done.append(place)
     except BaseException:
         again = How(how.into, how.dtype)
         for place in reversed(done):
-            back(place, again)
+            _step(place, again, not back)
         raise
     return results
 

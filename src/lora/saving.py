@@ -171,19 +171,18 @@ def _check_origin(file: AdapterFile, weights: dict[str, FrozenWeight]) -> None:
         raise LoraError(
             f"{folder}: {CONFIG_FILE} is not the one saved with the tensors (edited, or half of another save); {again}"
         )
+    notes = []
     if BASE in header and (why := difference(header[BASE], weights)) is not None:
         if quantization(weights) is None or apart(header[BASE], weights) > REQUANTIZED:
             raise LoraError(f"{folder}: this adapter was trained on another base: {why}; load it on that, or {again}")
-        warnings.warn(
-            f"{folder}: {why}, each by little: its base was quantized from another dtype or on another device, or is a "
-            "near relative of this one",
-            LoraWarning,
-            stacklevel=3,
+        notes.append(
+            f"{why}, each by little: its base was quantized from another dtype or on another device, or is a near "
+            "relative of this one"
         )
     if BASE in header and (names := other_quantization(header[BASE], weights)) is not None:
-        warnings.warn(
-            f"{folder}: this adapter was trained on a base in {names[0]}, and this one is in {names[1]}; it will act, "
-            "but it was fitted to that base's rounding. Load the base as it was trained to have the same results",
-            LoraWarning,
-            stacklevel=3,
+        notes.append(
+            f"this adapter was trained on a base in {names[0]}, and this one is in {names[1]}; it will act, but it was "
+            "fitted to that base's rounding. Load the base as it was trained to have the same results"
         )
+    for note in notes:
+        warnings.warn(f"{folder}: {note}", LoraWarning, stacklevel=3)

@@ -6,23 +6,14 @@ from torch import nn
 
 from .weight import weight_of
 
-TO_LOAD = "BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
+INSTEAD = "load the model in 16 bits, or with BitsAndBytesConfig(load_in_4bit=True) or (load_in_8bit=True)"
 TO_SKIP = "BitsAndBytesConfig(llm_int8_skip_modules=[...])"
 
 OTHER_QUANTIZERS = {  # by the package that the module or its weight comes from
-    "gptqmodel": "GPTQ",
-    "auto_gptq": "GPTQ",
-    "awq": "AWQ",
-    "hqq": "HQQ",
-    "torchao": "torchao",
-    "optimum.quanto": "quanto",
-    "aqlm": "AQLM",
-    "vptq": "VPTQ",
-    "eetq": "EETQ",
-    "auto_round": "AutoRound",
-    "compressed_tensors": "compressed-tensors",
-    "transformers.integrations": "a transformers integration",
-}
+    "gptqmodel": "GPTQ", "auto_gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "torchao": "torchao",
+    "optimum.quanto": "quanto", "aqlm": "AQLM", "vptq": "VPTQ", "eetq": "EETQ", "auto_round": "AutoRound",
+    "compressed_tensors": "compressed-tensors", "transformers.integrations": "a transformers integration",
+}  # fmt: skip
 
 
 def other_quantizer(module: nn.Module) -> str:
@@ -33,8 +24,5 @@ def other_quantizer(module: nn.Module) -> str:
     kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
     for package, name in OTHER_QUANTIZERS.items():
         if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
-            return (
-                f". This one is quantized by {name}, which is not supported: load the model in 16 bits, or with "
-                f"{TO_LOAD}"
-            )
+            return f". This one is quantized by {name}, which is not supported: {INSTEAD}"
     return ""
