@@ -1,6 +1,7 @@
 """inject: put a new adapter into a model, in place."""
 
 import warnings
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -76,15 +77,17 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
 
 def check_reached(root: nn.Module, parts: list[Part]) -> None:
     """Refuse a part inside a module of which another adapter has a copy: while the copy acts, nothing reaches it."""
-    covered = [
-        (name, adapter) for name, _, adapters in hosts(root) for adapter in adapters.records if adapters.covers(adapter)
-    ]
     mine = {part.host for part in parts}
+    inside: dict[str, str] = {}  # by the name of a module around one of them: that one's
     for name, module in base_modules(root):
-        for outer, adapter in covered:
-            if module in mine and name.startswith(outer + "."):
+        if module in mine:
+            around = list(accumulate(name.split("."), "{}.{}".format))
+            inside |= dict.fromkeys(around[:-1], name)
+    for outer, _, adapters in hosts(root):
+        for adapter in adapters.records if outer in inside else ():
+            if adapters.covers(adapter):
                 raise LoraError(
-                    f"targets, train or bias: {name!r} is inside {outer!r}, trained whole by adapter "
+                    f"targets, train or bias: {inside[outer]!r} is inside {outer!r}, trained whole by adapter "
                     f"{adapter!r}, and would never run beside it; leave it out, or lora.remove that adapter first"
                 )
 
