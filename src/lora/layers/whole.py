@@ -1,5 +1,6 @@
 """A module that an adapter trains whole: it works on its own copy while the adapter acts."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,29 @@ class Whole(nn.Module):
         self.trained = trained
 
 
+def _acting(host: nn.Module) -> nn.Module | None:
+    """The copy that acts, unless FSDP, accelerate or load_state_dict ask, which go by names and mean the base's."""
+    if not torch.compiler.is_compiling():
+        asker = sys._getframe(2).f_globals.get("__name__", "")
+        if asker == "torch.nn.modules.module" or asker.startswith(("torch.distributed.", "accelerate.")):
+            return None
+    adapters: Any = host.__dict__["_modules"]["lora"]
+    return adapters.terms[-1].module if adapters.terms else None
+
+
+def _seen(name: str) -> property:
+    """The copy's also where FSDP1 has put a plain tensor in the parameter's place, on which nn.Module sets no watch."""
+
+    def read(self: nn.Module) -> Any:
+        if hasattr(own := _acting(self), name):
+            return getattr(own, name)
+        if name in self.__dict__:
+            return self.__dict__[name]
+        raise AttributeError(name)  # then __getattr__ is asked
+
+    return property(read, lambda self, value: self.__dict__.update({name: value}), lambda self: self.__dict__.pop(name))
+
+
 class WholeLayer(LoraLayer):
     """A module while an adapter's copy of it acts in its place.
 
@@ -33,53 +57,43 @@ class WholeLayer(LoraLayer):
     (a fused loss, tied embeddings), and for code that puts another in its place.
     """
 
-    @property
-    def weight(self) -> Any:
-        return self.lora.terms[-1].module.weight
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self.__dict__["weight"] = value  # past nn.Module's own __setattr__ only FSDP1 comes here, with the base's view
-
-    @property
-    def bias(self) -> Any:
-        return self.lora.terms[-1].module.bias
-
-    @bias.setter
-    def bias(self, value: Any) -> None:
-        self.__dict__["bias"] = value
+    weight, bias = _seen("weight"), _seen("bias")
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__["_parameters"] and (own := _copied(self, name)) is not None:
-            return own._parameters[name]
-        return super().__getattr__(name)
+        own = _acting(self) if name in self.__dict__["_parameters"] else None
+        return super().__getattr__(name) if own is None else getattr(own, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = _copied(self, name)
-        if own is None:
+        if (own := _acting(self)) is None or name not in own._parameters:
             super().__setattr__(name, value)
         else:
-            setattr(own, name, value)
+            self._put(own, name, value)
 
     def __delattr__(self, name: str) -> None:
-        if _copied(self, name) is not None:
+        if (own := _acting(self)) is None or name not in own._parameters:
+            super().__delattr__(name)
+        else:
+            self._put(own, name, None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if (own := _acting(self)) is None or name not in own._parameters:
+            super().register_parameter(name, param)
+        else:
+            self._put(own, name, param)
+
+    def _put(self, own: nn.Module, name: str, value: Any) -> None:
+        """Into the copy, and into the base what the copy has of it."""
+        if value is None and own._parameters[name] is not None:
             raise LoraError(
-                f"model: {name!r} of a module that an adapter trains whole cannot be deleted while its copy acts; "
+                f"model: {name!r} of a module that an adapter trains cannot be taken away while its copy acts; "
                 "lora.remove the adapter, or lora.activate(model, None) first"
             )
-        super().__delattr__(name)
+        setattr(own, name, value)
+        if name not in self.lora.terms[-1].trained and name in self._parameters:
+            super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.lora.terms[-1].module(*args, **kwargs)
-
-
-def _copied(host: nn.Module, name: str) -> nn.Module | None:
-    """The acting copy of a host, where it has a parameter of that name."""
-    adapters: Any = host.__dict__["_modules"].get("lora")
-    if not adapters or not adapters.terms:
-        return None
-    module: nn.Module = adapters.terms[-1].module
-    return module if name in module._parameters else None
 
 
 class Exchanged(Plain):
