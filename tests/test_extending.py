@@ -287,3 +287,14 @@ def test_a_file_that_names_an_update_which_is_not_there_is_refused_by_its_name(t
             lora.load(Net(), tmp_path)
     finally:
         lora.updates.register(stranger.Gained)
+
+
+def test_the_worked_example_of_the_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("convolution") == 2 and "Conv2d" in done.stdout
+    assert [t.name for t in describe(tmp_path / "adapter").targets] == ["0", "2"]

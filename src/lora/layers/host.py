@@ -126,8 +126,8 @@ class Adapters(nn.Module):
         """The host's class while no adapter acts."""
         return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
 
-    def acts(self) -> None:
-        """Called when other adapters act than before: `terms` are their parts."""
+    def acts(self, host: nn.Module) -> None:
+        """Called when others act than before: `terms` are their parts, without effect while `undo` is set."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -196,7 +196,6 @@ def activate(host: nn.Module, names: Iterable[str]) -> None:
     assert adapters is not None
     adapters.active = tuple(n for n in names if n in adapters)
     adapters.terms = tuple(adapters[n] for n in adapters.active)
-    adapters.acts()
     refresh(host)
 
 
@@ -204,6 +203,7 @@ def refresh(host: nn.Module) -> None:
     """Set the host's class after a change of `active` or `undo`."""
     adapters = adapters_of(host)
     assert adapters is not None
+    adapters.acts(host)
     if adapters.undo is None:
         new = acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting
     else:
@@ -229,7 +229,7 @@ def take_class(host: nn.Module, new: type[nn.Module], original: type[nn.Module] 
     """
     present = type(host)
     core = _ours(present, original) or present
-    host.__class__ = _over(present, core, new)
+    object.__setattr__(host, "__class__", _over(present, core, new))
     if (adapters := adapters_of(host)) is not None:
         adapters.classes |= {present, type(host), new}
     if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance

@@ -1,7 +1,7 @@
 """A module that an adapter trains whole: it works on its own copy while the adapter acts."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..exact import How, MergedModule, Plain
 from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
-from .host import LoraLayer, adapters_of, base_modules, refresh
+from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
 from .kind import Kind, Line, Part, hosts, register
 
 
@@ -27,21 +27,53 @@ class Whole(nn.Module):
         self.trained = trained
 
 
-def _acting(host: nn.Module) -> nn.Module | None:
-    """The copy that acts, unless FSDP, accelerate or load_state_dict ask, which go by names and mean the base's."""
-    if not torch.compiler.is_compiling():
-        asker = sys._getframe(2).f_globals.get("__name__", "")
-        if asker == "torch.nn.modules.module" or asker.startswith(("torch.distributed.", "accelerate.")):
-            return None
-    adapters: Any = host.__dict__["_modules"]["lora"]
-    return adapters.terms[-1].module if adapters.terms else None
+def _by_name() -> bool:
+    """Whether FSDP, accelerate or load_state_dict ask, which go by names and mean the base's parameters."""
+    if torch.compiler.is_compiling():
+        return False
+    asker: str = sys._getframe(2).f_globals.get("__name__", "")
+    return asker == "torch.nn.modules.module" or asker.startswith(("torch.distributed.", "accelerate."))
+
+
+class Kept(LoraLayer):
+    """A module whose parameters nobody may exchange unseen while a copy acts."""
+
+    def _own(self) -> Container[str]:
+        own: Container[str] = self.__dict__.get("_parameters", ())  # none while it is being copied
+        return own
+
+    def _put(self, name: str, value: Any) -> bool:
+        """Where a parameter of that name belongs to the copy, put it there and say so, or raise LoraError."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._own() or _by_name() or not self._put(name, value):
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self._own() or _by_name() or not self._put(name, None):
+            super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name not in self._own() or _by_name() or not self._put(name, param):
+            super().register_parameter(name, param)
+
+
+class InnerLayer(Kept):
+    """A module inside one of which a copy acts: it does not run itself."""
+
+    def _put(self, name: str, value: Any) -> bool:
+        raise LoraError(
+            f"model: {name!r} cannot be exchanged in a module that does not run: an adapter trains a module around "
+            "it whole, and its copy acts; lora.activate(model, None) first to change the base"
+        )
 
 
 def _seen(name: str) -> property:
     """The copy's also where FSDP1 has put a plain tensor in the parameter's place, on which nn.Module sets no watch."""
 
-    def read(self: nn.Module) -> Any:
-        if hasattr(own := _acting(self), name):
+    def read(self: Any) -> Any:
+        if not _by_name() and hasattr(own := self.lora.terms[-1].module, name):
             return getattr(own, name)
         if name in self.__dict__:
             return self.__dict__[name]
@@ -50,7 +82,7 @@ def _seen(name: str) -> property:
     return property(read, lambda self, value: self.__dict__.update({name: value}), lambda self: self.__dict__.pop(name))
 
 
-class WholeLayer(LoraLayer):
+class WholeLayer(Kept):
     """A module while an adapter's copy of it acts in its place.
 
     Its parameters, read or assigned by name, are the copy's: for code that reads a weight and does not call the module
@@ -60,37 +92,21 @@ class WholeLayer(LoraLayer):
     weight, bias = _seen("weight"), _seen("bias")
 
     def __getattr__(self, name: str) -> Any:
-        own = _acting(self) if name in self.__dict__["_parameters"] else None
-        return super().__getattr__(name) if own is None else getattr(own, name)
+        if name in self._own() and not _by_name() and hasattr(own := self.lora.terms[-1].module, name):
+            return getattr(own, name)
+        return super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if (own := _acting(self)) is None or name not in own._parameters:
-            super().__setattr__(name, value)
-        else:
-            self._put(own, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if (own := _acting(self)) is None or name not in own._parameters:
-            super().__delattr__(name)
-        else:
-            self._put(own, name, None)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if (own := _acting(self)) is None or name not in own._parameters:
-            super().register_parameter(name, param)
-        else:
-            self._put(own, name, param)
-
-    def _put(self, own: nn.Module, name: str, value: Any) -> None:
-        """Into the copy, and into the base what the copy has of it."""
-        if value is None and own._parameters[name] is not None:
+    def _put(self, name: str, value: Any) -> bool:
+        part: Whole = self.lora.terms[-1]
+        if name not in part.module._parameters:
+            return False
+        if value is None and part.module._parameters[name] is not None:
             raise LoraError(
                 f"model: {name!r} of a module that an adapter trains cannot be taken away while its copy acts; "
                 "lora.remove the adapter, or lora.activate(model, None) first"
             )
-        setattr(own, name, value)
-        if name not in self.lora.terms[-1].trained and name in self._parameters:
-            super().__setattr__(name, value)
+        setattr(part.module, name, value)
+        return name in part.trained  # what does not train is the base's own, in both
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.lora.terms[-1].module(*args, **kwargs)
@@ -113,6 +129,12 @@ class WholeAdapters(Kind):
         super().__init__(host)
         if is_quantized(host):  # an adapter trains its bias
             self.resting_layer = FrozenLinear
+
+    def acts(self, host: nn.Module) -> None:
+        covered = self.undo is None and any(self.covers(name) for name in self.active)
+        for name, module in base_modules(host):
+            if name and (covered or isinstance(module, InnerLayer)):
+                take_layer(module, InnerLayer if covered else None)
 
     @classmethod
     def parts(
