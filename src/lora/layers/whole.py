@@ -1,7 +1,7 @@
 """A module that an adapter trains whole: it works on its own copy while the adapter acts."""
 
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,35 +27,35 @@ class Whole(nn.Module):
         self.trained = trained
 
 
-def _by_name() -> bool:
+def _by_name(depth: int = 2) -> bool:
     """Whether FSDP, accelerate or load_state_dict ask, which go by names and mean the base's parameters."""
     if torch.compiler.is_compiling():
         return False
-    asker: str = sys._getframe(2).f_globals.get("__name__", "")
+    asker: str = sys._getframe(depth).f_globals.get("__name__", "")
     return asker == "torch.nn.modules.module" or asker.startswith(("torch.distributed.", "accelerate."))
 
 
 class Kept(LoraLayer):
     """A module whose parameters nobody may exchange unseen while a copy acts."""
 
-    def _own(self) -> Container[str]:
-        own: Container[str] = self.__dict__.get("_parameters", ())  # none while it is being copied
-        return own
-
     def _put(self, name: str, value: Any) -> bool:
-        """Where a parameter of that name belongs to the copy, put it there and say so, or raise LoraError."""
+        """Put a parameter into the copy and say so, where it is the copy's; raise LoraError where it cannot be put."""
         raise NotImplementedError
 
+    def _elsewhere(self, name: str, value: Any) -> bool:
+        own = self.__dict__.get("_parameters", ())  # none while it is being copied
+        return name in own and not _by_name(3) and self._put(name, value)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._own() or _by_name() or not self._put(name, value):
+        if not self._elsewhere(name, value):
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name not in self._own() or _by_name() or not self._put(name, None):
+        if not self._elsewhere(name, None):
             super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name not in self._own() or _by_name() or not self._put(name, param):
+        if not self._elsewhere(name, param):
             super().register_parameter(name, param)
 
 
@@ -92,8 +92,9 @@ class WholeLayer(Kept):
     weight, bias = _seen("weight"), _seen("bias")
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._own() and not _by_name() and hasattr(own := self.lora.terms[-1].module, name):
-            return getattr(own, name)
+        own = self.__dict__.get("_parameters", ())
+        if name in own and not _by_name() and hasattr(copy := self.lora.terms[-1].module, name):
+            return getattr(copy, name)
         return super().__getattr__(name)
 
     def _put(self, name: str, value: Any) -> bool:
