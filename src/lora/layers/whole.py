@@ -28,11 +28,11 @@ class Whole(nn.Module):
 
 
 def _by_name(depth: int = 2) -> bool:
-    """Whether FSDP, accelerate or load_state_dict ask, which go by names and mean the base's parameters."""
+    """Whether FSDP or load_state_dict asks, which go by name and mean the base's parameters."""
     if torch.compiler.is_compiling():
         return False
     asker: str = sys._getframe(depth).f_globals.get("__name__", "")
-    return asker == "torch.nn.modules.module" or asker.startswith(("torch.distributed.", "accelerate."))
+    return asker == "torch.nn.modules.module" or asker.startswith("torch.distributed.")
 
 
 class Kept(LoraLayer):
