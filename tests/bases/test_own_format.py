@@ -3,8 +3,7 @@
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
+import stranger
 from conftest import randomize, same_bits, snapshot
 from lora import bases
-from lora.ops.dequantize import Layout, dequantize, layout, layout_text, register_layout, unregister_layout
+from lora.ops.dequantize import dequantize, layout, register_layout
 from lora.ops.frozen_linear import frozen_linear
-
-
-@dataclass(frozen=True)
-class RowLayout(Layout):
-    """codes (out, in / 2) uint8, the first weight in the high nibble, 8 more than it stands for; scale (out,) fp16."""
-
-    @property
-    def parts(self) -> list[tuple[int, torch.dtype | None]]:
-        return [(self.shape[0] * self.shape[1] // 2, torch.uint8), (self.shape[0], torch.float16)]
-
-    def dense(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        codes = torch.stack([parts[0] >> 4, parts[0] & 15], -1).view(self.shape).float() - 8
-        return (codes * parts[1].float()[:, None]).to(dtype)
-
-    def element(self, parts: Sequence[Tensor], row: int, column: int) -> Tensor:
-        byte = parts[0][row, column // 2]
-        return ((byte & 15 if column % 2 else byte >> 4).float() - 8) * parts[1][row].float()
-
-
-class RowLinear(nn.Module):
-    """A linear over such a weight. In plain torch it is not differentiable in a dtype but its own."""
-
-    def __init__(self, values: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.out_features, self.in_features = values.shape
-        codes, scale = quantize(values)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("scale", scale)
-        self.bias = nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        form = RowLayout("int4_rows", (self.out_features, self.in_features))
-        return nn.functional.linear(x, form.dense([self.weight, self.scale], x.dtype), self.bias.to(x.dtype))
+from stranger import RowLayout, RowLinear, RowWeight, quantize
 
 
 class Shifted(RowLinear):
@@ -58,44 +26,10 @@ class Shifted(RowLinear):
         return super().forward(x) + 1
 
 
-def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (values.abs().amax(1) / 7).half()
-    codes = (values / scale.float()[:, None]).round().clamp(-8, 7).to(torch.uint8) + 8
-    return codes[:, ::2] << 4 | codes[:, 1::2], scale
-
-
-class RowWeight(bases.Quantized):
-    package, classes = __name__, ("RowLinear",)
-    into = ("int4",)
-    quantization = "int4"
-    note = "int4: a note of its own"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float16
-
-    @property
-    def label(self) -> str:
-        return "int4 by row"
-
-    def stored(self) -> bases.Stored:
-        return [self.parameter.detach(), self.module.scale], layout_text("int4_rows", self.shape)
-
-    def attributes(self) -> dict[str, Any]:
-        return {"scale": self.module.scale}
-
-    def quantized(self, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        codes, scale = quantize(values)
-        return nn.Parameter(codes, requires_grad=False), {"scale": scale}
-
-
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    bases.register(RowWeight)
-    register_layout("int4_rows", RowLayout)
-    yield
-    unregister_layout("int4_rows")
-    bases.unregister(RowWeight)
+    with stranger.registered():
+        yield
     assert bases.weight_kind(RowLinear) is None
     with pytest.raises(lora.LoraError, match="allowed: int8:OUTxIN, nf4:OUTxIN:BLOCK, .*NESTED; write"):
         layout("int4_rows:2x2")
@@ -311,7 +245,7 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone_and_refused_as_a_target
     out = model(x := random(5, 64))
     lora.inject(model, r=4, targets=["0"])
     assert type(model[1]) is Shifted and torch.equal(model(x), out)
-    with pytest.raises(lora.LoraError, match=rf"Shifted, which has a forward of its own; .*{__name__}' RowLinear"):
+    with pytest.raises(lora.LoraError, match=r"Shifted, which has a forward of its own; .*stranger' RowLinear"):
         lora.inject(net(Shifted), r=4, targets=["0"])
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..bases import is_quantized
 from .frozen import FrozenLinear
-from .host import adapters_of, base_modules, take_layer
+from .host import adapters_of, base_modules, take_class, take_layer
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -25,7 +25,10 @@ def deep_copy(host: nn.Module, memo: dict[int, Any]) -> nn.Module:
     adapters = adapters_of(host)
     if adapters is not None:
         memo[id(adapters)] = None
-    return _bare(copy.deepcopy(host, memo), host)
+    twin = _bare(copy.deepcopy(host, memo), host)
+    for _, module in base_modules(twin):
+        take_layer(module, None)  # of which another copy may act
+    return twin
 
 
 def copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) -> nn.Module:
@@ -48,7 +51,7 @@ def _bare(twin: nn.Module, host: nn.Module) -> nn.Module:
     """Take the adapters, hooks and replaced forward off a host's copy: the host itself has them."""
     adapters = adapters_of(host)
     if adapters is not None:
-        twin.__class__ = adapters.original
+        take_class(twin, adapters.original, adapters.original)
         del twin._modules["lora"]
     for name, value in list(twin.__dict__.items()):
         if name in ("forward", "_old_forward", "_hf_hook"):

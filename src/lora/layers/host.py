@@ -6,10 +6,11 @@ subclass of its own class with another `forward`; at rest, merged or disabled, i
 bare operation. (A quantized linear has the class `FrozenLinear[...]` then, until the last adapter leaves the model.)
 """
 
-import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import CellType, FunctionType, MethodType
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -35,38 +36,67 @@ class LoraLayer(nn.Module):
     lora: "Adapters"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and deepcopy name the two classes that it is made of.
+        # The class is made at run time, so pickle and deepcopy name the classes that it is made of.
         reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
         make, (cls,), *rest = reduced
-        return _revive, (make, cls.__mro__[1], cls.original), *rest
+        ours = _ours(cls)
+        made_of = cls.__dict__.get("_made_of", () if cls is ours else (cls, ours))
+        return _revive, (make, *made_of, ours.__bases__[0], ours.original), *rest
 
 
-_CLASSES: dict[tuple[type["LoraLayer"], type[nn.Module]], type["LoraLayer"]] = {}
-_OVER: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+# Nothing here keeps a class alive: others make one for a single module. Who carries adapters keeps those it had.
+_CLASSES: WeakValueDictionary[tuple[type[LoraLayer], type[nn.Module]], type[LoraLayer]] = WeakValueDictionary()
+_OVER: WeakValueDictionary[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = WeakValueDictionary()
 
 
 def acting_class(layer: type[LoraLayer], original: type[nn.Module]) -> type[LoraLayer]:
     """The subclass of `original` that `layer` makes of it; one for each pair, so that compiled code stays valid."""
-    if (layer, original) not in _CLASSES:
-        name = f"{layer.__name__}[{original.__name__}]"
-        _CLASSES[layer, original] = type(name, (layer, original), {"original": original})
-    return _CLASSES[layer, original]
+    made = _CLASSES.get((layer, original))
+    if made is None:
+        made = type(f"{layer.__name__}[{original.__name__}]", (layer, original), {"original": original})
+        _CLASSES[layer, original] = made
+    return made
 
 
-def _revive(make: Any, layer: type[LoraLayer], original: type[nn.Module]) -> Any:
-    return make(acting_class(layer, original))
+def _ours(cls: type[nn.Module], original: type[nn.Module] | None = None) -> Any:
+    """The class among those that one comes from which `acting_class` made, or `original`; None: there is none."""
+    return next(
+        (c for c in cls.__mro__ if c is original or (issubclass(c, LoraLayer) and "original" in c.__dict__)), None
+    )
+
+
+def _revive(make: Any, *classes: Any) -> Any:
+    acting = acting_class(*classes[-2:])
+    return make(_over(classes[0], classes[1], acting) if len(classes) > 2 else acting)
 
 
 def _over(present: type[nn.Module], core: type[nn.Module], new: type[nn.Module]) -> type[nn.Module]:
     """The class that somebody else made of `core` (FSDP2, a parametrization), made of `new` in the same way."""
     if present is core:
         return new
-    if (present, new) not in _OVER:
+    present, core = present.__dict__.get("_made_of", (present, core))  # what was found first, if this is ours
+    if new is core:
+        return present
+    made = _OVER.get((present, new))
+    if made is None:
         bases = tuple(_over(b, core, new) if issubclass(b, core) else b for b in present.__bases__)
         body = {k: v for k, v in present.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        made = type(present.__name__.replace(core.__name__, new.__name__), bases, body)
-        _OVER[present, new], _OVER[made, core] = made, present
-    return _OVER[present, new]
+        name = present.__name__.replace(core.__name__, new.__name__)
+        made = type(name, bases, {**body, "_made_of": (present, core)})
+        for key, value in body.items():
+            if isinstance(value, FunctionType) and "__class__" in value.__code__.co_freevars:
+                setattr(made, key, _of_class(value, made))
+        _OVER[present, new] = made
+    return made
+
+
+def _of_class(method: FunctionType, owner: type) -> FunctionType:
+    """A method whose `super()` starts at another class."""
+    cells = zip(method.__code__.co_freevars, method.__closure__ or (), strict=True)
+    closure = tuple(CellType(owner) if name == "__class__" else cell for name, cell in cells)
+    copy = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, closure)
+    copy.__kwdefaults__ = method.__kwdefaults__
+    return copy
 
 
 class Adapters(nn.Module):
@@ -86,14 +116,18 @@ class Adapters(nn.Module):
         self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
         self.undo: Undo | None = None  # what the unmerge needs; None when not merged
         self.resting_layer: type[LoraLayer] | None = None  # what the host is while no adapter acts; None: itself
+        self.classes: set[type[nn.Module]] = set()  # that the host had: found again, compiled code stays valid
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "classes": set()}  # a class made at run time cannot be pickled
 
     @property
     def resting(self) -> type[nn.Module]:
-        """The host's class while no adapter acts. Not an attribute: a class made at run time cannot be pickled."""
+        """The host's class while no adapter acts."""
         return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
 
-    def acts(self) -> None:
-        """Called when other adapters act than before: `terms` are their parts."""
+    def acts(self, host: nn.Module) -> None:
+        """Called when others act than before: `terms` are their parts, without effect while `undo` is set."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -162,7 +196,6 @@ def activate(host: nn.Module, names: Iterable[str]) -> None:
     assert adapters is not None
     adapters.active = tuple(n for n in names if n in adapters)
     adapters.terms = tuple(adapters[n] for n in adapters.active)
-    adapters.acts()
     refresh(host)
 
 
@@ -170,6 +203,7 @@ def refresh(host: nn.Module) -> None:
     """Set the host's class after a change of `active` or `undo`."""
     adapters = adapters_of(host)
     assert adapters is not None
+    adapters.acts(host)
     if adapters.undo is None:
         new = acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting
     else:
@@ -194,8 +228,9 @@ def take_class(host: nn.Module, new: type[nn.Module], original: type[nn.Module] 
     `original`: the class in which adapters found the host, which somebody may have made another of since.
     """
     present = type(host)
-    ours = _CLASSES.values()
-    core = next((c for c in present.__mro__ if c is original or c in ours), present)
-    host.__class__ = _over(present, core, new)
+    core = _ours(present, original) or present
+    object.__setattr__(host, "__class__", _over(present, core, new))
+    if (adapters := adapters_of(host)) is not None:
+        adapters.classes |= {present, type(host), new}
     if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance
-        host._old_forward = types.MethodType(type(host).forward, host)  # type: ignore[assignment]
+        host._old_forward = MethodType(type(host).forward, host)  # type: ignore[assignment]

@@ -46,7 +46,7 @@ class MatrixKind(Kind):
         if self.quantized:
             self.resting_layer = FrozenLinear
 
-    def acts(self) -> None:
+    def acts(self, host: nn.Module) -> None:
         self.scaled = any(term.scales for term in self.terms)
 
     @classmethod
@@ -71,11 +71,12 @@ class MatrixKind(Kind):
         assert frozen is not None
         plain = frozen.quantization is None
         weight: Any = module._parameters.get("weight")
-        if plain and weight is None:
+        computed = [n for n in ("weight", "bias") if n not in module._parameters and hasattr(module, n)]
+        if plain and computed:
             raise LoraError(
-                f"targets: the weight of {name!r} is computed from other parameters (weight_norm, a parametrization), "
-                "so nothing can be merged into it; torch.nn.utils.parametrize.remove_parametrizations makes it a plain "
-                "one"
+                f"targets: the {computed[0]} of {name!r} is computed from other parameters (weight_norm, a "
+                "parametrization), so nothing can be merged into it; "
+                "torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
             )
         if plain and is_lazy(weight):
             raise LoraError(f"targets: {name!r} is lazy and has no shape yet; run the model once, then inject")

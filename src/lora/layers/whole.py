@@ -1,5 +1,6 @@
 """A module that an adapter trains whole: it works on its own copy while the adapter acts."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..exact import How, MergedModule, Plain
 from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
-from .host import LoraLayer, adapters_of, base_modules, refresh
+from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
 from .kind import Kind, Line, Part, hosts, register
 
 
@@ -26,60 +27,90 @@ class Whole(nn.Module):
         self.trained = trained
 
 
-class WholeLayer(LoraLayer):
+def _by_name(depth: int = 2) -> bool:
+    """Whether FSDP or load_state_dict asks, which go by name and mean the base's parameters."""
+    if torch.compiler.is_compiling():
+        return False
+    asker: str = sys._getframe(depth).f_globals.get("__name__", "")
+    return asker == "torch.nn.modules.module" or asker.startswith("torch.distributed.")
+
+
+class Kept(LoraLayer):
+    """A module whose parameters nobody may exchange unseen while a copy acts."""
+
+    def _put(self, name: str, value: Any) -> bool:
+        """Put a parameter into the copy and say so, where it is the copy's; raise LoraError where it cannot be put."""
+        raise NotImplementedError
+
+    def _elsewhere(self, name: str, value: Any) -> bool:
+        own = self.__dict__.get("_parameters", ())  # none while it is being copied
+        return name in own and not _by_name(3) and self._put(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._elsewhere(name, value):
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if not self._elsewhere(name, None):
+            super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if not self._elsewhere(name, param):
+            super().register_parameter(name, param)
+
+
+class InnerLayer(Kept):
+    """A module inside one of which a copy acts: it does not run itself."""
+
+    def _put(self, name: str, value: Any) -> bool:
+        raise LoraError(
+            f"model: {name!r} cannot be exchanged in a module that does not run: an adapter trains a module around "
+            "it whole, and its copy acts; lora.activate(model, None) first to change the base"
+        )
+
+
+def _seen(name: str) -> property:
+    """The copy's also where FSDP1 has put a plain tensor in the parameter's place, on which nn.Module sets no watch."""
+
+    def read(self: Any) -> Any:
+        if not _by_name() and hasattr(own := self.lora.terms[-1].module, name):
+            return getattr(own, name)
+        if name in self.__dict__:
+            return self.__dict__[name]
+        raise AttributeError(name)  # then __getattr__ is asked
+
+    return property(read, lambda self, value: self.__dict__.update({name: value}), lambda self: self.__dict__.pop(name))
+
+
+class WholeLayer(Kept):
     """A module while an adapter's copy of it acts in its place.
 
     Its parameters, read or assigned by name, are the copy's: for code that reads a weight and does not call the module
     (a fused loss, tied embeddings), and for code that puts another in its place.
     """
 
-    @property
-    def weight(self) -> Any:
-        return self.lora.terms[-1].module.weight
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        self.__dict__["weight"] = value  # past nn.Module's own __setattr__ only FSDP1 comes here, with the base's view
-
-    @property
-    def bias(self) -> Any:
-        return self.lora.terms[-1].module.bias
-
-    @bias.setter
-    def bias(self, value: Any) -> None:
-        self.__dict__["bias"] = value
+    weight, bias = _seen("weight"), _seen("bias")
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__["_parameters"] and (own := _copied(self, name)) is not None:
-            return own._parameters[name]
+        own = self.__dict__.get("_parameters", ())
+        if name in own and not _by_name() and hasattr(copy := self.lora.terms[-1].module, name):
+            return getattr(copy, name)
         return super().__getattr__(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        own = _copied(self, name)
-        if own is None:
-            super().__setattr__(name, value)
-        else:
-            setattr(own, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        if _copied(self, name) is not None:
+    def _put(self, name: str, value: Any) -> bool:
+        part: Whole = self.lora.terms[-1]
+        if name not in part.module._parameters:
+            return False
+        if value is None and part.module._parameters[name] is not None:
             raise LoraError(
-                f"model: {name!r} of a module that an adapter trains whole cannot be deleted while its copy acts; "
+                f"model: {name!r} of a module that an adapter trains cannot be taken away while its copy acts; "
                 "lora.remove the adapter, or lora.activate(model, None) first"
             )
-        super().__delattr__(name)
+        setattr(part.module, name, value)
+        return name in part.trained  # what does not train is the base's own, in both
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.lora.terms[-1].module(*args, **kwargs)
-
-
-def _copied(host: nn.Module, name: str) -> nn.Module | None:
-    """The acting copy of a host, where it has a parameter of that name."""
-    adapters: Any = host.__dict__["_modules"].get("lora")
-    if not adapters or not adapters.terms:
-        return None
-    module: nn.Module = adapters.terms[-1].module
-    return module if name in module._parameters else None
 
 
 class Exchanged(Plain):
@@ -99,6 +130,12 @@ class WholeAdapters(Kind):
         super().__init__(host)
         if is_quantized(host):  # an adapter trains its bias
             self.resting_layer = FrozenLinear
+
+    def acts(self, host: nn.Module) -> None:
+        covered = self.undo is None and any(self.covers(name) for name in self.active)
+        for name, module in base_modules(host):
+            if name and (covered or isinstance(module, InnerLayer)):
+                take_layer(module, InnerLayer if covered else None)
 
     @classmethod
     def parts(
