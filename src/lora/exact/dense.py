@@ -20,7 +20,7 @@ Rows = list[tuple[slice, Tensor]]
 
 @dataclass
 class DenseUndo(Plain):
-    """What turns a merged matrix back: patches by row block, the checksum of W0's bits, the bias before and after, and
+    """What turns a merged matrix back: patches by row block, the checksum of W0's and W's bits, the bias before and after, and
     the factors that the updates gave W0's rows."""
 
     dtype: torch.dtype
@@ -55,6 +55,7 @@ def merge_dense(
         new = (old + delta).to(dtype)
         refuse_overflow(name, new)
         digest.add(old)
+        digest.add(new)
         patches.append(Patch(old, _way_back(rows, new, made)))
         old_rows.append((rows, old))
         new_rows.append((rows, new))
@@ -83,8 +84,9 @@ def unmerge_dense(
     if merged.dtype == undo.dtype and same_bias:
         for rows, patch in zip(row_blocks(weight.shape), undo.patches, strict=True):
             new = patch.apply_(_way_back(rows, merged[rows], made))
+            old_rows.append((rows, merged[rows].clone(memory_format=torch.contiguous_format)))
             digest.add(new)
-            old_rows.append((rows, merged[rows].clone()))
+            digest.add(old_rows[-1][1])
             new_rows.append((rows, new))
     if digest.value != undo.digest:
         raise changed(name, merged.dtype, undo.dtype)
