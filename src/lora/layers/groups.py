@@ -60,7 +60,8 @@ class Group:
         together = [m for m in self.members if m is host or _joins(m, host, x)]
         outputs = dict(zip(together, compute(together, x), strict=True))
         y = outputs.pop(host)
-        self.ready = {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
+        others = self.ready if x is self.x else {}  # of members that this one cannot run with
+        self.ready = others | {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
         self.x = x if self.ready else None
         return y
 
