@@ -4,14 +4,13 @@ W = round(W0 + D)      D in float64, rounded to fp32 once; the sum in fp32, roun
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases import FrozenWeight
 from ..ops import summed_bias
-from ..updates import Update, change
+from ..updates import Change, Update, change
 from .patch import Digest, Patch, row_blocks
 from .report import MergedModule, kept_and_noise, moments
 from .undo import Plain, changed, refuse_overflow
@@ -21,7 +20,7 @@ Rows = list[tuple[slice, Tensor]]
 
 @dataclass
 class DenseUndo(Plain):
-    """What turns a merged matrix back: patches by row block, the checksum of W0's bits, the bias before and after, and
+    """What turns a merged matrix back: patches by row block, the checksum of W0's and W's bits, the bias before and after, and
     the factors that the updates gave W0's rows."""
 
     dtype: torch.dtype
@@ -45,18 +44,19 @@ def merge_dense(
     old_weight = weight.dense()
     dtype = old_weight.dtype
     scales = [update.output_scale(weight, torch.float64) for update in updates]
+    made = change(updates, scales)
     digest, patches = Digest(), []
     old_rows: Rows = []
     new_rows: Rows = []
     sums = torch.zeros(3, dtype=torch.float64)
     for rows in row_blocks(weight.shape):
         old = old_weight[rows].clone(memory_format=torch.contiguous_format)
-        made = change(updates, scales, rows, old.device)
-        delta = made.delta(old, torch.promote_types(dtype, torch.float32))
+        delta = made.delta(rows, old, torch.promote_types(dtype, torch.float32))
         new = (old + delta).to(dtype)
         refuse_overflow(name, new)
         digest.add(old)
-        patches.append(Patch(old, _way_back(new, made)))
+        digest.add(new)
+        patches.append(Patch(old, _way_back(rows, new, made)))
         old_rows.append((rows, old))
         new_rows.append((rows, new))
         sums += moments(new.to(delta.dtype) - old, delta)
@@ -75,7 +75,7 @@ def unmerge_dense(
     name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], undo: DenseUndo
 ) -> None:
     """Give the host W0 and its bias back, to the bit. Raises LoraError where something changed since the merge."""
-    merged = weight.dense()
+    merged, made = weight.dense(), change(updates, undo.scales)
     bias = host._parameters.get("bias")
     digest = Digest()
     old_rows: Rows = []
@@ -83,20 +83,20 @@ def unmerge_dense(
     same_bias = undo.merged_bias is None or (bias is not None and torch.equal(bias, undo.merged_bias.to(bias.device)))
     if merged.dtype == undo.dtype and same_bias:
         for rows, patch in zip(row_blocks(weight.shape), undo.patches, strict=True):
-            made = change(updates, undo.scales, rows, merged.device)
-            new = patch.apply_(_way_back(merged[rows], made))
+            new = patch.apply_(_way_back(rows, merged[rows], made))
+            old_rows.append((rows, merged[rows].clone(memory_format=torch.contiguous_format)))
             digest.add(new)
-            old_rows.append((rows, merged[rows].clone()))
+            digest.add(old_rows[-1][1])
             new_rows.append((rows, new))
     if digest.value != undo.digest:
         raise changed(name, merged.dtype, undo.dtype)
     _write_all(host, weight, new_rows, undo.bias, otherwise=(old_rows, undo.merged_bias))
 
 
-def _way_back(merged: Tensor, made: Any) -> Tensor:
+def _way_back(rows: slice, merged: Tensor, made: Change) -> Tensor:
     """W0 but for a few places, contiguous. In float64, where the last bits of the update depend on the order of
     summation, W itself: the patch then holds W0 whole."""
-    back = merged if merged.dtype == torch.float64 else made.origin(merged, merged.dtype)
+    back = merged if merged.dtype == torch.float64 else made.origin(rows, merged)
     return back.clone(memory_format=torch.contiguous_format)
 
 

@@ -38,7 +38,7 @@ class Patch:
         gap = bits(wanted).flatten().long() - bits(found).flatten().long()
         missed = gap != 0
         gap = gap[missed]
-        far = gap.abs() > 127
+        far = (gap < -127) | (gap > 127)  # the least int64, from -0.0 to 0.0, has no absolute value
         self.map = _pack(missed) if len(gap) else None
         self.steps = gap.masked_fill(far, _FAR).to(torch.int8)  # (missed,)
         self.values = wanted.flatten()[missed][far]

@@ -71,9 +71,9 @@ def merge_replaced(
     into, dtype = how.into, how.dtype or frozen.dtype
     before = frozen.dense(torch.float32)
     delta = torch.empty_like(before)
-    scales = [update.output_scale(frozen, torch.float64) for update in updates]
+    made = change(updates, [update.output_scale(frozen, torch.float64) for update in updates])
     for rows in row_blocks(frozen.shape):
-        delta[rows] = change(updates, scales, rows, before.device).delta(before[rows], torch.float32)
+        delta[rows] = made.delta(rows, before[rows], torch.float32)
     total = before + delta
     undo = Replaced(frozen.parameter, frozen.attributes(), into)
     bias = host._parameters["bias"]

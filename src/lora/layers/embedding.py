@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding
 
 from ..errors import LoraError
-from ..ops import as_dtype, scale_output
+from ..ops import as_dtype
 from .host import LoraLayer
 from .kind import register
 from .matrix import MatrixKind, apart
@@ -24,13 +24,7 @@ class LoraEmbedding(LoraLayer):
         adapters: Any = self._modules["lora"]
         y: Tensor = adapters.original.forward(self, input)  # (..., dim)
         host: Any = self
-        terms = adapters.terms
-        last: Tensor | None = None
-        if adapters.scaled and len(terms) == 1:
-            last = terms[0].output_scale(adapters.frozen)
-            pairs = [(terms[0], pair) for pair in terms[0].pairs()]
-        else:
-            y, pairs = apart(y, terms, adapters.frozen)
+        y, pairs = apart(y, adapters.terms, adapters.frozen)
         flat = y.view(-1, y.shape[-1])
         for term, (A, B, s) in pairs:
             # A^T's rows are gathered, as the table's are; a padding token has no gradient there either.
@@ -38,8 +32,7 @@ class LoraEmbedding(LoraLayer):
             if self.training and term.dropout:  # of the one-hot input: its only element that is not zero
                 h = h * dropout(h.new_ones(h.shape[0], 1), term.dropout)
             flat = flat.addmm_(as_dtype(h, y.dtype), as_dtype(B, y.dtype).t(), alpha=s)
-        y = flat.view(y.shape)
-        return y if last is None else scale_output(y, last, None)
+        return flat.view(y.shape)
 
 
 @register

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.tuning import card
-from ..ops import as_dtype, scale_output, summed_bias
+from ..ops import as_dtype, summed_bias
 from ..ops.operator import fused_linear
 from ..ops.plan import Shape, describe
 from ..ops.plan import plan as steps
 from .host import adapters_of
+from .matrix import stretched
 from .plan import plan
 
 SHARED_INPUT = (
@@ -59,7 +60,8 @@ class Group:
         together = [m for m in self.members if m is host or _joins(m, host, x)]
         outputs = dict(zip(together, compute(together, x), strict=True))
         y = outputs.pop(host)
-        self.ready = {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
+        others = self.ready if x is self.x else {}  # of members that this one cannot run with
+        self.ready = others | {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
         self.x = x if self.ready else None
         return y
 
@@ -114,7 +116,7 @@ def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     ys = fused_linear(
         as_dtype(x, dtype),
         [tensor for tensors, _ in stored for tensor in tensors],
-        None if cast[0] is None or first.scaled else [b for b in cast if b is not None],
+        None if cast[0] is None else [b for b in cast if b is not None],
         [[A for A, _, _ in target] for target in pairs],
         [[B for _, B, _ in target] for target in pairs],
         [[s for _, _, s in target] for target in pairs],
@@ -123,7 +125,7 @@ def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     )
     if first.scaled:
         scales = [adapters.terms[0].output_scale(adapters.frozen) for adapters in all_adapters]
-        ys = [scale_output(y, c, bias) for y, c, bias in zip(ys, scales, cast, strict=True)]
+        ys = [stretched(y, c, bias) for y, c, bias in zip(ys, scales, cast, strict=True)]
     return [as_dtype(y, adapters.frozen.output_dtype(x)) for y, adapters in zip(ys, all_adapters, strict=True)]
 
 

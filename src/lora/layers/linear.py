@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..errors import LoraError
-from ..ops import add_updates_, as_dtype, lora_linear, scale_output, summed_bias
+from ..ops import add_updates_, lora_linear, summed_bias
 from . import groups
-from .frozen import frozen_product, product
+from .frozen import frozen_product
 from .host import LoraLayer
 from .kind import Kind, register
-from .matrix import MatrixKind, apart
+from .matrix import MatrixKind, apart, stretched
 from .plan import plan
 
 
@@ -44,27 +44,15 @@ def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
         updates += [(*pair, dropout) for pair in term.pairs()]
         if term._parameters["bias"] is not None:
             bias = summed_bias(host._parameters["bias"], adapters.terms)
-    if not adapters.scaled:
-        return lora_linear(x, adapters.frozen.dense(), bias, updates)
-    (term,) = adapters.terms
-    z = lora_linear(x, adapters.frozen.dense(), None, updates)
-    return scale_output(z, term.output_scale(adapters.frozen), bias if bias is None else as_dtype(bias, z.dtype))
+    y = lora_linear(x, adapters.frozen.dense(), bias, updates)
+    return stretched(y, adapters.terms[0].output_scale(adapters.frozen), bias) if adapters.scaled else y
 
 
 def _apart(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
     """The base's product, and the updates on top of it."""
     frozen, bias = adapters.frozen, host._parameters["bias"]
-    later = bias if adapters.scaled else None  # a bias is not scaled
-    if not adapters.quantized:
-        y = linear(x, frozen.dense(), None if adapters.scaled else bias)
-    elif adapters.scaled and not frozen.runs_own_forward(host, x):
-        y = product(frozen, x, None)
-    else:
-        y = frozen_product(host, frozen, x)
-        y = y if later is None else y - later.to(y.dtype)
-    y, pairs = apart(y, adapters.terms, frozen)
-    if later is not None:
-        y = y + later.to(y.dtype)
+    y = frozen_product(host, frozen, x) if adapters.quantized else linear(x, frozen.dense(), bias)
+    y, pairs = apart(y, adapters.terms, frozen, bias)
     for term in adapters.terms:
         if term.bias is not None:
             y = y + (term.bias - bias).to(y.dtype)

@@ -21,7 +21,7 @@ from ..exact import (
     unmerge_replaced,
 )
 from ..ops import scale_output
-from ..updates import Pair, Start, Update, update_named
+from ..updates import Pair, Start, Update, change, update_named
 from .frozen import FrozenLinear
 from .host import adapters_of, original_class, refresh
 from .kind import Kind, Line, Part, kind_of, refuse_stranger, supported
@@ -174,17 +174,15 @@ class MatrixKind(Kind):
         return [self.frozen.note] if self.frozen.note else []
 
 
-def apart(y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight) -> tuple[Tensor, list[tuple[Update, Pair]]]:
-    """The base's product y under several updates, and the low-rank terms to add to it: their changes add, so
+def apart(
+    y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight, bias: Tensor | None = None
+) -> tuple[Tensor, list[tuple[Update, Pair]]]:
+    """The base's product y, which has the bias in it, under several updates, and the low-rank terms to add to it."""
+    made = change(terms, [term.output_scale(frozen) for term in terms])
+    pairs = [(term, pair) for term, its in zip(terms, made.pairs, strict=True) for pair in its]
+    return y if made.scale is None else stretched(y, made.scale, bias), pairs
 
-    y = (1 + sum of (c - 1)) W0 x + sum of s (c B) A x
-    """
-    scales = [term.output_scale(frozen) for term in terms]
-    total: Tensor | None = None
-    pairs: list[tuple[Update, Pair]] = []
-    for term, c in zip(terms, scales, strict=True):
-        for A, B, s in term.pairs():
-            pairs.append((term, (A, B if c is None else B * c[:, None], s)))
-        if c is not None:
-            total = c if total is None else total + (c - 1)
-    return y if total is None else scale_output(y, total, None), pairs
+
+def stretched(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """scale * (y - bias) + bias, where 1 changes no bit of y; a bias added after the product would be rounded twice."""
+    return scale_output(y, scale, None if bias is None else (1 - scale) * bias)

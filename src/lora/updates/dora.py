@@ -43,4 +43,6 @@ class DoRA(LowRank):
         """m / ||V|| (out,); 0 for a row of V that is all zeros, whose m starts at 0."""
         magnitude = self.magnitude.to(dtype)
         norms = row_norms(weight.dense(), self.pairs(), dtype).to(magnitude.device)
-        return magnitude / norms.masked_fill(norms == 0, 1)
+        scale = magnitude / norms.masked_fill(norms == 0, 1)
+        # m holds fp32's rounding of a norm, which in float64 would be a change of W0 by that rounding.
+        return scale if dtype == torch.float32 else scale.masked_fill(self.output_scale(weight) == 1, 1)

@@ -59,7 +59,8 @@ class Update(nn.Module):
         raise NotImplementedError
 
     def output_scale(self, weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """c (out,) in dtype, differentiable where it trains; None where it is 1. A merge asks in float64."""
+        """c (out,) in dtype, differentiable where it trains; None where it is 1. A merge asks in float64, where c stays
+        1 in the rows that act with 1."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -73,45 +74,56 @@ class Update(nn.Module):
 
 
 class Change(NamedTuple):
-    """What updates make of some rows of W0: `scale` * W0 + `added`, in float64; `scale` (n, 1), or None for 1."""
+    """What updates make of W0 together: scale * W0 + sum of s B A.
+
+    scale: (out,), or None for 1. pairs: those of each update in turn, with its own scale within B.
+    """
 
     scale: Tensor | None
-    added: Tensor
+    pairs: list[list[Pair]]
 
-    def delta(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """D (n, in), rounded once to dtype, for which W0 + D is the changed weight."""
-        if self.scale is None:
-            return self.added.to(dtype)
-        return (rows.double() * (self.scale - 1) + self.added).to(dtype)
+    def delta(self, rows: slice, old: Tensor, dtype: torch.dtype) -> Tensor:
+        """D[rows] (n, in), summed in float64 and rounded once to dtype, for which W0 + D is the changed weight.
 
-    def origin(self, merged: Tensor, dtype: torch.dtype) -> Tensor:
-        """About W0, in dtype, from the merged rows: the inverse of the change but for rounding."""
+        Args:
+            old: W0[rows].
+        """
+        added = self._added(rows, old.device)
+        return (added if self.scale is None else added + old.double() * (self._scale(rows, old) - 1)).to(dtype)
+
+    def origin(self, rows: slice, merged: Tensor) -> Tensor:
+        """About W0[rows] from the merged rows, in their dtype: the inverse of the change but for rounding."""
+        added = self._added(rows, merged.device)
         if self.scale is None:
             # In fp32 as the merge itself, so that few places miss.
-            return (merged - self.added.to(torch.promote_types(dtype, torch.float32))).to(dtype)
-        return ((merged.double() - self.added) / self.scale.masked_fill(self.scale == 0, 1)).to(dtype)
+            return (merged - added.to(torch.promote_types(merged.dtype, torch.float32))).to(merged.dtype)
+        scale = self._scale(rows, merged)
+        return ((merged.double() - added) / scale.masked_fill(scale == 0, 1)).to(merged.dtype)
+
+    def _added(self, rows: slice, device: torch.device) -> Tensor:
+        pairs = [(A.to(device), B.to(device), s) for pairs in self.pairs for A, B, s in pairs]
+        return low_rank_product(pairs, rows, torch.float64)
+
+    def _scale(self, rows: slice, like: Tensor) -> Tensor:
+        assert self.scale is not None
+        return self.scale[rows, None].to(like.device)
 
 
-def change(updates: Sequence[Update], scales: Sequence[Tensor | None], rows: slice, device: torch.device) -> Change:
-    """What updates make of W0[rows] together: their changes add.
+def change(updates: Sequence[Update], scales: Sequence[Tensor | None]) -> Change:
+    """What updates make of W0 together: their changes add.
 
         sum of (c (W0 + U) - W0) + W0 = (1 + sum of (c - 1)) W0 + sum of c U        U = sum of s B A
 
     Args:
-        scales: c (out,) in float64 of each update, or None, as `output_scale` gave it for this W0.
+        scales: c (out,) of each update, or None, as `output_scale` gave it for this W0.
     """
     total: Tensor | None = None
-    scale: Tensor | None = None
+    pairs = []
     for update, c in zip(updates, scales, strict=True):
-        pairs = [(A.to(device), B.to(device), s) for A, B, s in update.pairs()]
-        added = low_rank_product(pairs, rows, torch.float64)
+        pairs.append([(A, B if c is None else B * c.to(B.device)[:, None], s) for A, B, s in update.pairs()])
         if c is not None:
-            c = c[rows, None].to(device)
-            added = added * c
-            scale = c if scale is None else scale + (c - 1)
-        total = added if total is None else total.add_(added)
-    assert total is not None
-    return Change(scale, total)
+            total = c if total is None else total + (c - 1)
+    return Change(total, pairs)
 
 
 _UPDATES: dict[str, type[Update]] = {}
