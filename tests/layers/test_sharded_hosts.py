@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 from conftest import randomize
-from lora import LoraError
+from lora import LoraError, LoraWarning
 from lora.layers import adapters_of
 
 RANKS = 2
@@ -167,7 +167,8 @@ def hosts_that_had_been_sharded_before(folder: Path) -> None:
     model, twin = shard(Net()), adapted()
     classes = {name: type(m) for name, m in model.named_modules()}
     same_outputs(model, Net())
-    lora.inject(model, r=2, targets=["block.0", "block.2"], name="b")
+    with pytest.warns(LoraWarning, match="FSDP2 has sharded it.*nobody averages"):
+        lora.inject(model, r=2, targets=["block.0", "block.2"], name="b")
     lora.inject(model, r=2, targets=["block.0", "block.2", "head"], name="a")
     own = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():

@@ -88,12 +88,11 @@ def made(kind: str, shape: tuple[int, int], block: int = 0, nested: int = 0, see
     """Parts of any bits, without bitsandbytes: the kernels need no weight that someone quantized."""
     form = layout(layout_text(kind, shape, block, nested))
     generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for count, dtype in form.parts:
-        if dtype == torch.float32:
-            parts.append(torch.randn(count, generator=generator))
-        else:
-            parts.append(torch.randint(256, (count,), generator=generator, dtype=torch.uint8))
+    parts = [
+        torch.randn(count, generator=generator) if dtype == torch.float32
+        else torch.randint(256, (count,), generator=generator, dtype=torch.uint8)
+        for count, dtype in form.parts
+    ]  # fmt: skip
     if kind == "int8":
         parts[0] = parts[0].view(torch.int8).view(shape)
     return parts, str(form)
