@@ -69,10 +69,6 @@ class FrozenWeight(ABC):
         """The dtype of the module's output for an input x."""
         return x.dtype
 
-    def acts_in(self, plain: torch.dtype | None) -> torch.dtype:
-        """The dtype of its products in a model whose activations have the dtype `plain`, where that is known."""
-        return self.dtype
-
     @abstractmethod
     def stored(self) -> Stored:
         """What the fused operator takes."""

@@ -78,6 +78,6 @@ class LinearAdapters(MatrixKind):
         groups.form(hosts)
 
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
-        weight = self.frozen
-        x = torch.empty(0, dtype=weight.acts_in(plain), device=weight.parameter.device)
+        dtype = plain if self.quantized and plain is not None else self.frozen.dtype  # those may compute in x's
+        x = torch.empty(0, dtype=dtype, device=self.frozen.parameter.device)
         return groups.words(host, self, x)
