@@ -393,9 +393,7 @@ def test_gpu_more_weights_than_an_int32_counts() -> None:
     end = [parts[0][-tail // 2 :].cpu(), parts[1][-tail // 64 :].cpu(), parts[2].cpu()]
     truth = dequantize(end, "nf4:4x32768:64", torch.bfloat16)
     assert same_bits(dequantize(parts, str(form), torch.bfloat16)[-4:].cpu(), truth)
-    codes, scales = (
-        torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8),
-        torch.rand(shape[0], device="cuda"),
-    )
+    codes = torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8)
+    scales = torch.rand(shape[0], device="cuda")
     truth = dequantize([codes[-4:].cpu(), scales[-4:].cpu()], "int8:4x32768", torch.bfloat16)
     assert same_bits(dequantize([codes, scales], str(EightBitLayout("int8", shape)), torch.bfloat16)[-4:].cpu(), truth)
