@@ -7,8 +7,8 @@
 frozen: forward and dX only. +liger: Liger's RMSNorm, RoPE, SwiGLU and fused cross-entropy, by its own function. The
 tax is (step - frozen step) / frozen step between the variants with the same surroundings. The frozen floor runs first
 and last, to show the card's drift. Before any of them a process of its own passes the gate, or nothing is timed:
-logits, dx, dA and dB of the model without Liger at 2048 rows within twice plain torch's own error of float64, and two
-backward runs equal to the bit.
+logits, dx, dA and dB (and dmagnitude) of LoRA and DoRA without Liger at 2048 rows within twice plain torch's own error
+of float64, and two backward runs equal to the bit.
 """
 
 import argparse
@@ -28,6 +28,8 @@ VARIANTS = [
     ["lora+liger"],
     ["lora+liger", "--dropout", "0.05"],
     ["peft+liger"],
+    ["dora+liger"],
+    ["peft_dora+liger"],
     ["unsloth"],
     ["unsloth", "--dropout", "0.05"],
     ["frozen"],
@@ -51,7 +53,7 @@ SHAPE = {
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", help="a variant: frozen, lora, peft, each also with +liger, or unsloth")
+    parser.add_argument("--one", help="frozen, lora, dora, peft, peft_dora, each also with +liger, or unsloth")
     parser.add_argument("--csv")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
@@ -106,10 +108,10 @@ def built(a: argparse.Namespace) -> tuple[Any, Any]:
         model.requires_grad_(False)
         model.enable_input_require_grads()
         return model, contextlib.nullcontext()
-    if a.one.startswith("lora"):
+    if a.one.startswith(("lora", "dora")):
         import lora
 
-        lora.inject(model, r=a.r, targets=TARGETS, dropout=a.dropout)
+        lora.inject(model, r=a.r, targets=TARGETS, dropout=a.dropout, dora=a.one.startswith("dora"))
         print(lora.summary(model), file=sys.stderr)
         return model, contextlib.nullcontext()
     from peft import LoraConfig, get_peft_model
@@ -117,8 +119,9 @@ def built(a: argparse.Namespace) -> tuple[Any, Any]:
     if a.checkpointing:
         model.enable_input_require_grads()
     config = LoraConfig(
-        r=a.r, lora_alpha=2 * a.r, lora_dropout=a.dropout, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
+        r=a.r, lora_alpha=2 * a.r, lora_dropout=a.dropout, target_modules=TARGETS, task_type="CAUSAL_LM",
+        use_dora=a.one.startswith("peft_dora"),
+    )  # fmt: skip
     return get_peft_model(model, config), torch.autocast("cuda", torch.bfloat16)
 
 
@@ -155,10 +158,10 @@ def gate(model: Any) -> None:
         with sdpa_kernel(SDPBackend.MATH):  # the backward passes of the fused attentions do not repeat to the bit
             out = m(inputs_embeds=x, labels=ids, use_cache=False)
             out.loss.backward()
-        found: dict[str, list[Any]] = {"logits": [out.logits.detach()], "dx": [x.grad], "dA": [], "dB": []}
+        found: dict[str, list[Any]] = {"logits": [out.logits.detach()], "dx": [x.grad]}
         for name, parameter in m.named_parameters():
             if parameter.grad is not None:
-                found["d" + name[-1]].append(parameter.grad)
+                found.setdefault("d" + name.rpartition(".")[2], []).append(parameter.grad)
         return {name: torch.cat([t.double().flatten() for t in tensors]) for name, tensors in found.items()}
 
     with torch.no_grad():
@@ -186,7 +189,8 @@ def gate(model: Any) -> None:
 def gated(a: argparse.Namespace) -> None:
     import lora
 
-    gate(lora.inject(base_model(a.layers), r=a.r, targets=TARGETS))
+    for dora in (False, True):
+        gate(lora.inject(base_model(a.layers), r=a.r, targets=TARGETS, dora=dora))
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def matches_the_definition(model: nn.Module, heads: Heads) -> None:
         W = host.weight.detach().double() if not own else together64(host, leaves=own)
         bias = None if host.bias is None else host.bias.detach().double()
         for part in own.values():
-            bias = part["bias"] if "bias" in part else bias
+            bias = part.get("bias", bias)
         wanted.append(X.double() @ W.t() + (0 if bias is None else bias))
         leaves |= {f"{name}.lora.{n}.{key}": leaf for n, part in own.items() for key, leaf in part.items()}
     y = torch.cat(wanted, -1)

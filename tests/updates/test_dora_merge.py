@@ -68,7 +68,8 @@ def test_unmerge_gives_back_every_bit(
     try:
         merge(model)
     except lora.LoraError as error:
-        assert dtype == torch.float16 and "infinity" in str(error)
+        if dtype != torch.float16 or "infinity" not in str(error):
+            raise
     else:
         lora.unmerge(model)
     assert same_bits(snapshot(model), before)
@@ -87,13 +88,10 @@ def test_the_merged_weight_is_the_definitions_rounded_once(dtype: torch.dtype, o
     report = merge(model)
     for name, wanted in exact.items():
         got = adapters_of(model.get_submodule(name)).frozen.dense()
-        # D is rounded to fp32 and the sum to fp32 again before a 16-bit dtype: next to a tie that is not one rounding.
-        assert (got != wanted.to(dtype)).float().mean() < {torch.float32: 0.5, torch.float64: 1.0}.get(dtype, 2e-3), (
-            name
-        )
-        assert error(got, wanted) <= 1.01 * error(wanted.to(dtype), wanted) + (
-            1e-7 if dtype == torch.float32 else 1e-15
-        )
+        if dtype.itemsize == 2:  # D and the sum are in fp32 before: next to a tie that is not one rounding
+            assert (got != wanted.to(dtype)).float().mean() < 2e-3, name
+        slack = 1e-7 if dtype == torch.float32 else 1e-15
+        assert error(got, wanted) <= 1.01 * error(wanted.to(dtype), wanted) + slack
     assert all(0.99 < m.kept < 1.01 and m.noise < 0.05 for m in report.modules)
     assert error(model(x), acting.double()) < {torch.float32: 1e-6, torch.float64: 1e-6}.get(dtype, 1e-2)
 

@@ -20,8 +20,8 @@ Rows = list[tuple[slice, Tensor]]
 
 @dataclass
 class DenseUndo(Plain):
-    """What turns a merged matrix back: patches by row block, the checksum of W0's and W's bits, the bias before and after, and
-    the factors that the updates gave W0's rows."""
+    """What turns a merged matrix back: patches by row block, the checksum of W0's and W's bits, the factors that the
+    updates gave W0's rows, the bias before and after."""
 
     dtype: torch.dtype
     digest: int

@@ -22,6 +22,7 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         adapters: Any = self._modules["lora"]
+        adapters.check_size("a table under an adapter")
         y: Tensor = adapters.original.forward(self, input)  # (..., dim)
         host: Any = self
         y, pairs = apart(y, adapters.terms, adapters.frozen)
@@ -52,6 +53,19 @@ class EmbeddingAdapters(MatrixKind):
                 f"targets: {name!r} has max_norm={module.max_norm}, which rewrites the frozen table in each forward "
                 "pass; set it to None, or leave it out"
             )
+
+    def check_size(self, name: str) -> None:
+        """A lookup past the end of A would stop a GPU, and one in a longer A would go unseen."""
+        rows = self.frozen.parameter.shape[0]
+        for made in {A.shape[1] for term in self.terms for A, _, _ in term.pairs()} - {rows}:
+            raise LoraError(
+                f"model: {name}: the table has {rows} rows now and the adapter was made for {made}; resize the table "
+                "before lora.inject or lora.load, or lora.remove the adapter first"
+            )
+
+    def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
+        super().check_merge(name, host, into)
+        self.check_size(repr(name))
 
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
         return "lookup"
