@@ -63,7 +63,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             f"name: the model already has an adapter {name!r}; give another name=, or lora.remove(model, {name!r})"
         )
     refuse_merged(root)
-    if any(hasattr(p, "full_tensor") for p in root.parameters()):
+    if any(hasattr(p, "full_tensor") for _, module in base_modules(root) for p in module._parameters.values()):
         warnings.warn(
             "model: FSDP2 has sharded it and knows nothing of the A and B that come now, so nobody averages their "
             "gradients over the processes; inject first and shard then, or average them yourself",
