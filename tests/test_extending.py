@@ -217,7 +217,9 @@ def test_the_summary_counts_and_names_what_is_there(targets: str, settings: dict
         parameters = dict(adapters_of(model.get_submodule(name))["default"].named_parameters())
         assert row.parameters == sum(p.numel() for p in parameters.values()) > 0
         assert row.r == 3 and row.shape == tuple(weight64(model.get_submodule(name)).shape)
-    assert "pair" not in rows or (rows["pair"].kind, rows["pair"].runs) == ("Bilinear", "bilinear")
+    assert "pair" not in rows or (rows["pair"].kind.split()[0], rows["pair"].runs) == ("Bilinear", "bilinear")
+    dora = settings.get("update") == "dora" or settings.get("dora", False)
+    assert all(row.kind.endswith(" DoRA") == dora for row in rows.values())
     assert "packed" not in rows or "int4" in str(lora.summary(model))
     assert ("a note of its own" in str(lora.summary(model))) == ("packed" in rows)
 

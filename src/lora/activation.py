@@ -10,7 +10,7 @@ from .errors import LoraError, near
 from .layers import hosts
 from .layers.host import activate as activate_host
 from .merging import merge_acting, merged_into, unmerge
-from .resident import activate_all, check_root, drop, is_merged, named, refuse_merged, resident, unwrap
+from .resident import acting, activate_all, check_root, drop, is_merged, named, refuse_merged, resident, unwrap
 
 
 def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -54,7 +54,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             unmerge(root)
         for _, host, _ in hosts(root):
             activate_host(host, before.get(host, ()))
-        if merged:
+        if merged and acting(root):
             merge_acting(root, into)
 
 

@@ -193,12 +193,15 @@ class LoraConfig:
         [], "Modules trained whole and saved with the adapter.",
         _unless(_is_names, "a list of module names, such as ['score']"), peft="modules_to_save", maths=8,
     )  # fmt: skip
-    update: str = _setting(
-        "lora", "What each target holds: lora, dora, or an update that was registered.",
-        _unless(lambda name: isinstance(name, str) and name != "", "the name of an update, such as 'lora' or 'dora'"),
+    update: str | None = _setting(
+        None, "What each target holds: lora, dora, or an update that was registered [default: lora].",
+        _unless(lambda n: n is None or (isinstance(n, str) and n != ""), "an update's name, or None for 'lora'"),
         peft="lora_update", maths=10,
     )  # fmt: skip
-    dora: bool = _setting(False, "Short for update=dora (arXiv:2402.09353).", _FLAG, peft="use_dora", maths=9)
+    dora: bool | None = _setting(
+        None, "Short for update=dora (arXiv:2402.09353).",
+        _unless(lambda value: value is None or isinstance(value, bool), "True or False"), peft="use_dora", maths=9,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train"):  # tuples and sets are as good as lists
@@ -206,13 +209,13 @@ class LoraConfig:
             if isinstance(value, (tuple, set, frozenset)):
                 object.__setattr__(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         wrong = [text for name, setting in SETTINGS.items() for text in setting.check(name, getattr(self, name))]
-        if self.dora is True and self.update not in ("lora", "dora"):
-            wrong.append(f"dora: got True beside update={self.update!r}; leave one of the two out")
+        if None not in (self.dora, self.update) and self.dora != (self.update == "dora"):
+            wrong.append(f"dora: got {self.dora!r} beside update={self.update!r}; leave one of the two out")
         if wrong:
             raise LoraError("\n".join(wrong))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2 * self.r)
-        object.__setattr__(self, "update", "dora" if self.dora else self.update)
+        object.__setattr__(self, "update", self.update or ("dora" if self.dora else "lora"))
         object.__setattr__(self, "dora", self.update == "dora")
 
     def rank(self, module: str) -> int:

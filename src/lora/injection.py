@@ -12,8 +12,8 @@ from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, adapters_of, base_modules, hosts
 from .layers.frozen import settle
-from .layers.host import acting_class, attach
-from .resident import activate_all, check_root, refuse_merged, resident, unwrap
+from .layers.host import acting_class, activate, attach
+from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
 from .targets import default_targets, select
 from .updates import update_named
 
@@ -26,7 +26,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     Args:
         model: any nn.Module; changed in place. Its modules stay the same objects, its state-dict keys stay.
         config: a LoraConfig, or its fields as keywords: `r, targets, alpha, dropout, bias, init, rslora,
-            exclude, layers, rank_pattern, alpha_pattern, train`.
+            exclude, layers, rank_pattern, alpha_pattern, train, update, dora`.
         name: the adapter's name, `[A-Za-z0-9_-]{1,64}`.
 
     Returns:
@@ -100,20 +100,27 @@ def check_reached(root: nn.Module, parts: list[Part]) -> None:
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
-    """Attach prepared parts; nothing here can fail half-way."""
+    """Attach prepared parts and let them act alone; where that fails or is interrupted, the model is as it was."""
     for host, kind, _ in parts:
         own = adapters_of(host)
         acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
-    if not resident(root):
-        root.requires_grad_(False)
-    allow_training(root, True)
     names = {module: name for name, module in base_modules(root)}
     adapter.anchor = names[parts[0].host]
-    for host, kind, part in parts:
-        attach(host, kind, adapter, part)
-        for parameter in kind.trained(part):
-            parameter.requires_grad_(trainable)
-    settle(root, carries=True)
-    for kind in KINDS:
-        kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
-    activate_all(root, [adapter.name])
+    before = {host: adapters.active for _, host, adapters in hosts(root)}
+    try:
+        if not resident(root):
+            root.requires_grad_(False)
+        allow_training(root, True)
+        for host, kind, part in parts:
+            attach(host, kind, adapter, part)
+            for parameter in kind.trained(part):
+                parameter.requires_grad_(trainable)
+        settle(root, carries=True)
+        for kind in KINDS:
+            kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
+        activate_all(root, [adapter.name])
+    except BaseException:
+        drop(root, [adapter.name], adapter)
+        for host, active in before.items():
+            activate(host, active)
+        raise

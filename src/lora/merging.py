@@ -133,9 +133,12 @@ def _all_or_none(places: Iterable[Place], how: How, back: bool = False) -> list[
     results = []
     try:
         for place in places:
+            undo = place[2].undo
             results.append(_step(place, how, back))
             done.append(place)
     except BaseException:
+        if place[2].undo is not undo:  # it was done, and something after that failed
+            done.append(place)
         again = How(how.into, how.dtype)
         for place in reversed(done):
             _step(place, again, not back)

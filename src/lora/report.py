@@ -75,10 +75,10 @@ def summary(model: nn.Module) -> Summary:
     grouped: dict[tuple[str, str, str, tuple[int, ...], int | None, str], list[int]] = {}
     for name, host, adapters in hosts(root):
         for adapter in adapters.records:
-            shape, r, parameters = adapters.line(adapters[adapter])
+            shape, r, parameters, note = adapters.line(adapters[adapter])
             acts = "merged" if adapters.undo is not None else adapters.runs(host, plain)
             runs = acts if adapter in adapters.active else "idle"
-            key = (adapter, starred(name), adapters.original.__name__, shape, r, runs)
+            key = (adapter, starred(name), f"{adapters.original.__name__} {note}".rstrip(), shape, r, runs)
             grouped.setdefault(key, []).append(parameters)
     trainable = [p for p in root.parameters() if p.requires_grad]
     notes = [note for _, _, adapters in hosts(root) for note in adapters.notes()]

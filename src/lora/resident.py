@@ -82,10 +82,13 @@ def activate_all(root: nn.Module, names: Iterable[str]) -> None:
         activate(host, names)
 
 
-def drop(root: nn.Module, names: Iterable[str]) -> None:
-    """Detach adapters from an unmerged model; with the last one the base may train again as before."""
+def drop(root: nn.Module, names: Iterable[str], record: Adapter | None = None) -> None:
+    """Detach adapters from an unmerged model; with the last one the base may train again as before.
+
+    `record`: an adapter of the model, where it may have come to no host yet.
+    """
     names = list(names)
-    record = next(iter(resident(root).values()))
+    record = record or next(iter(resident(root).values()))
     for _, host, adapters in list(hosts(root)):
         for name in names:
             if name in adapters:

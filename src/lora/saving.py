@@ -78,7 +78,7 @@ def load(
     targets = select(root, config, loading=True)
     if not targets:
         raise LoraError(
-            f"{folder}: its target_modules {file.config.get('target_modules')!r} fit no linear of "
+            f"{folder}: its target_modules {file.config.get('target_modules')!r} fit no module of "
             f"{type(root).__name__}; it was trained on {extra.get('base_model_name_or_path') or 'another model'}: load "
             "it on that"
         )

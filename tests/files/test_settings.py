@@ -1,7 +1,7 @@
 """Every setting of LoraConfig through PEFT's file and back."""
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -77,9 +77,20 @@ def test_dora_and_update_say_the_same() -> None:
     for config in (LoraConfig(dora=True), LoraConfig(update="dora"), LoraConfig(update="dora", dora=True)):
         assert (config.update, config.dora) == ("dora", True)
     assert (LoraConfig(update="mine").update, LoraConfig(update="mine").dora) == ("mine", False)
-    for update in ("", None, 3):
-        with pytest.raises(LoraError, match=f"update: got {update!r}; the name of an update"):
+    for settings in ({}, {"update": None}, {"dora": None}, {"dora": False}, {"update": "lora"}):
+        assert (LoraConfig(**settings).update, LoraConfig(**settings).dora) == ("lora", False)
+    for update in ("", 3):
+        with pytest.raises(LoraError, match=f"update: got {update!r}; an update's name"):
             LoraConfig(update=update)
+    for settings in (
+        {"dora": True, "update": "lora"},
+        {"dora": False, "update": "dora"},
+        {"dora": True, "update": "x"},
+    ):
+        with pytest.raises(LoraError, match="dora: got (True|False) beside update="):
+            LoraConfig(**settings)
+    with pytest.raises(LoraError, match="dora: got True beside update='lora'"):
+        replace(LoraConfig(dora=True), update="lora")
     with pytest.raises(LoraError, match="dora: got 1; True or False"):
         LoraConfig(dora=1)
 

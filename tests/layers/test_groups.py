@@ -119,7 +119,7 @@ def test_an_input_changed_in_place_between_members_is_seen() -> None:
     torch.testing.assert_close(model.k_proj(x), plain(model, lambda m: m.k_proj(x)))
 
 
-@pytest.mark.parametrize("change", ["activate", "train", "write", "merge"])
+@pytest.mark.parametrize("change", ["bias", "activate", "train", "write", "merge"])
 def test_what_changes_between_two_members_is_seen(change: str) -> None:
     model = randomize(
         lora.inject(nn.Sequential(Cross()), targets=["q_proj", "k_proj", "v_proj"], dropout=0.5, name="a")
@@ -134,6 +134,9 @@ def test_what_changes_between_two_members_is_seen(change: str) -> None:
         lora.activate(model, "a")
         net.q_proj(x)
         model.eval()
+    elif change == "bias":
+        with torch.no_grad():
+            net.k_proj.bias.add_(1)
     elif change == "write":
         with torch.no_grad():
             net.k_proj.lora["b"].B += 1

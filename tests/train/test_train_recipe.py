@@ -66,6 +66,11 @@ def test_a_file_with_flags_over_it(tmp_path: Path, name: str) -> None:
     assert load_recipe(tmp_path / name) == Recipe.of(**{**fields, "train": ["embed_tokens"]})
     over = load_recipe(tmp_path / name, {"lr": 2e-3, "max_steps": 7})
     assert (over.lr, over.max_steps, over.epochs) == (2e-3, 7, None)  # max_steps takes the place of epochs
+    for first, second, update in (("dora", True, "lora"), ("update", "dora", "lora"), ("update", "lora", "dora")):
+        written = Recipe.of(**NEEDED, **{first: second}).to_yaml()
+        (tmp_path / "which.yaml").write_text(written)
+        flag = {"update": update} if first == "dora" else {"dora": update == "dora"}
+        assert load_recipe(tmp_path / "which.yaml", flag).adapter().update == update
     assert load_recipe(None, NEEDED) == Recipe.of(**NEEDED)
 
 

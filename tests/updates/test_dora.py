@@ -216,3 +216,15 @@ def test_the_magnitude_of_conv1d_has_a_number_for_each_output() -> None:
     magnitude = adapters_of(host)["default"].magnitude
     assert magnitude.shape == (144,) and magnitude.dtype == torch.float32 and magnitude.requires_grad
     torch.testing.assert_close(magnitude.double(), matrix64(host).norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_the_scale_over_int8_does_not_depend_on_the_calls_before() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)).to("cpu")
+    lora.inject(model, r=4, targets=["0"], dora=True)
+    model.train()
+    adapters = adapters_of(model[0])
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        model(torch.randn(3, 64, dtype=dtype))
+        assert torch.equal(adapters["default"].output_scale(adapters.frozen), torch.ones(32))

@@ -76,7 +76,7 @@ def merge_replaced(
         delta[rows] = made.delta(rows, before[rows], torch.float32)
     total = before + delta
     undo = Replaced(frozen.parameter, frozen.attributes(), into)
-    bias = host._parameters["bias"]
+    bias = host._parameters.get("bias")
     new_bias = summed_bias(bias, updates)
     if new_bias is not None and into is None:
         new_bias = new_bias.to(dtype)  # a plain linear has one dtype
@@ -142,5 +142,5 @@ def _digest(host: nn.Module, frozen: Quantized, updates: tuple[Update, ...], und
 
 def _written(host: nn.Module, frozen: Quantized, updates: tuple[Update, ...], undo: Replaced) -> list[Tensor]:
     weight = [host._parameters["weight"]] if undo.into is None else frozen.stored()[0]
-    found = [*weight, host._parameters["bias"], *(p for update in updates for p in update.parameters())]
+    found = [*weight, host._parameters.get("bias"), *(p for update in updates for p in update.parameters())]
     return [tensor for tensor in found if tensor is not None]

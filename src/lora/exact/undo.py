@@ -59,7 +59,7 @@ def refuse_overflow(name: str, values: torch.Tensor, stored: str | None = None) 
 
 
 def changed(name: str, dtype: torch.dtype, before: torch.dtype | None) -> LoraError:
-    was = "" if before is None else f"was {before} and "
+    was = "" if before in (None, dtype) else f"was {before} and "
     return LoraError(
         f"model: {name!r} cannot be unmerged: its weight, bias or adapter changed after the merge (trained, loaded or "
         f"cast; it {was}is {dtype}). Put the values back, or load the base model again"

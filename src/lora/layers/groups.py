@@ -81,7 +81,7 @@ def _state(host: nn.Module, x: Tensor) -> State:
     adapters = _adapters(host)
     versions: tuple[int, ...] = ()
     if not torch.compiler.is_compiling():  # within one compiled call nothing changes between two members
-        tensors = [x, adapters.frozen.parameter]
+        tensors = [x, adapters.frozen.parameter, host._parameters["bias"]]
         for term in adapters.terms:
             tensors += term._parameters.values()
         versions = tuple([0 if t is None or t.is_inference() else t._version for t in tensors])

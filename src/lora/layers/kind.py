@@ -34,6 +34,7 @@ class Line(NamedTuple):
     shape: tuple[int, ...]
     r: int | None
     parameters: int
+    note: str = ""  # what it is, where that is no plain LoRA
 
 
 class Kind(Adapters):
@@ -179,4 +180,7 @@ def supported() -> str:
 def refuse_stranger(argument: str, name: str, module: nn.Module, kind: type[Kind]) -> None:
     """Refuse a module that has an attribute `lora` already which is not this kind's."""
     if hasattr(module, "lora") and not isinstance(adapters_of(module), kind):
-        raise LoraError(f"{argument}: {name!r} has an attribute `lora` that is not ours, or is trained whole already")
+        raise LoraError(
+            f"{argument}: {name!r} has an attribute `lora` that is not ours, or an adapter there has a copy of the "
+            "module (train=[...] or bias='all'): is trained whole already"
+        )

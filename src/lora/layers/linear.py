@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from ..errors import LoraError
 from ..ops import add_updates_, lora_linear, summed_bias
 from . import groups
-from .frozen import frozen_product
+from .frozen import FrozenLinear, frozen_product
 from .host import LoraLayer
 from .kind import Kind, register
 from .matrix import MatrixKind, apart, stretched
@@ -68,6 +68,7 @@ class LinearAdapters(MatrixKind):
     role = "linear"
     keys: ClassVar[dict[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"}
     all_linear = True
+    rests = FrozenLinear
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)

@@ -22,8 +22,7 @@ from ..exact import (
 )
 from ..ops import scale_output
 from ..updates import Pair, Start, Update, change, update_named
-from .frozen import FrozenLinear
-from .host import adapters_of, original_class, refresh
+from .host import LoraLayer, adapters_of, original_class, refresh
 from .kind import Kind, Line, Part, kind_of, refuse_stranger, supported
 
 
@@ -33,6 +32,7 @@ class MatrixKind(Kind):
     role: ClassVar[str]  # which frozen weights are of this kind: `FrozenWeight.role`
     keys: ClassVar[dict[str, str]]  # names in a file of the update's A and B, and of the trained bias
     zero: ClassVar[str] = "B"  # the half of a fresh update that is zero
+    rests: ClassVar[type[LoraLayer] | None] = None  # what a host over a quantized weight is while no adapter acts
     terms: tuple[Update, ...]
     scaled: bool  # whether an acting update has an output scale
 
@@ -44,7 +44,7 @@ class MatrixKind(Kind):
         self.quantized = weight.quantization is not None
         self.scaled = False
         if self.quantized:
-            self.resting_layer = FrozenLinear
+            self.resting_layer = self.rests
 
     def acts(self, host: nn.Module) -> None:
         self.scaled = any(term.scales for term in self.terms)
@@ -123,7 +123,7 @@ class MatrixKind(Kind):
     @classmethod
     def line(cls, part: Update) -> Line:
         A, B, _ = part.pairs()[0]
-        return Line((B.shape[0], A.shape[1]), part.r, sum(p.numel() for p in part.parameters()))
+        return Line((B.shape[0], A.shape[1]), part.r, sum(p.numel() for p in part.parameters()), part.note)
 
     @property
     def quantization(self) -> str | None:

@@ -249,8 +249,8 @@ def _check(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tup
             within = bool(inner) and any("." in n for n in names)  # a bias of its own leaves the children alone
             if within or (not inner and not isinstance(adapters, WholeAdapters)):
                 raise LoraError(
-                    f"train: {name!r} carries a part of adapter {', '.join(adapters.records)} "
-                    f"({inner or 'itself'}), which a copy of it would leave out; train something else whole"
+                    f"train or bias='all': {name!r} carries a part of adapter {', '.join(adapters.records)} "
+                    f"({inner or 'itself'}), which a copy of it would leave out; train something else, or remove that"
                 )
     inside = {f"{name}.{n}" for name, names in chosen.items() for n in names}
     for owner, module in modules.items():

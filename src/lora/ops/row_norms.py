@@ -19,8 +19,8 @@ def row_norms(
 ) -> Tensor:
     """||W0 + sum of s B A|| by row, (out,) in `dtype`; no gradient.
 
-    A GPU reads a 16-bit W0 as it is, with P in its dtype and fp32 sums; elsewhere, and in float64, W0 is widened by
-    blocks of rows.
+    A GPU reads W0 as it is, with P in its dtype and fp32 sums; elsewhere, and in float64, W0 is widened by blocks of
+    rows. The sum cancels where a row of W0 + s B A is a thousandth of W0's and less: there fp32 has few digits left.
 
     Args:
         weight: W0 (out, in), any float dtype; pairs: A (r, in), B (out, r) and s, none or many; dtype: what is computed
@@ -32,9 +32,11 @@ def row_norms(
             return bare
         P = torch.cat([A.to(dtype) for A, _, _ in pairs])  # (R, in)
         Q = torch.cat([B.to(dtype) * s for _, B, s in pairs], 1)  # (out, R)
-        if weight.is_cuda and dtype == torch.float32 and weight.element_size() == 2:
+        if weight.is_cuda and dtype == torch.float32 and weight.element_size() <= 4:
             squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
-            return _with_update(squares, torch.mm(weight, P.t().to(weight.dtype), out_dtype=dtype), P, Q)
+            thin = P.t().to(weight.dtype)
+            cross = weight @ thin if weight.dtype == dtype else torch.mm(weight, thin, out_dtype=dtype)
+            return _with_update(squares, cross, P, Q)
         rows = max(1, BLOCK // weight.shape[1])
         norms = []
         for block, q in zip(weight.split(rows), Q.split(rows), strict=True):

@@ -132,17 +132,20 @@ class Recipe(_AdapterJob):
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
+_EITHER = [("max_steps", "epochs"), ("dora", "update")]  # two ways to say one thing
+
+
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe in a YAML or JSON file (or none), with `overrides` on top of what the file says.
 
-    Giving `max_steps` over a file's `epochs`, or the reverse, replaces it: the two are one choice.
+    Giving `max_steps` over a file's `epochs`, or the reverse, replaces it: the two are one choice, as dora and update.
 
     Raises:
         LoraError: no such file, not a mapping, an unknown key, or a value out of range; all mistakes at once.
     """
     fields: dict[str, Any] = {} if path is None else _read_mapping(Path(path))
     overrides = dict(overrides or {})
-    for given, replaced in (("max_steps", "epochs"), ("epochs", "max_steps")):
+    for given, replaced in _EITHER + [pair[::-1] for pair in _EITHER]:
         if given in overrides and replaced not in overrides:
             fields.pop(replaced, None)
     return _validated({**fields, **overrides}, str(path) if path is not None else "recipe")

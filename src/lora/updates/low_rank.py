@@ -22,7 +22,7 @@ class LowRank(Update):
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.scaling = scaling
         self.dropout = dropout
 

@@ -41,10 +41,15 @@ class Update(nn.Module):
     """One adapter's part on one host. Its parameters are fp32 masters, its `bias` the trained copy of the host's."""
 
     name: ClassVar[str]  # LoraConfig.update
+    note: ClassVar[str] = ""  # what the summary calls it beside its module
     scales: ClassVar[bool] = False  # whether `output_scale` gives a factor
     scaling: float
     dropout: float
     bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("bias", None)
 
     @classmethod
     def fresh(cls: type[UpdateT], weight: FrozenWeight, start: Start) -> UpdateT:
@@ -55,7 +60,7 @@ class Update(nn.Module):
         raise NotImplementedError
 
     def pairs(self) -> Sequence[Pair]:
-        """The low-rank terms that act."""
+        """The low-rank terms that act, at least one; a term that never acts may have an A and a B of zeros."""
         raise NotImplementedError
 
     def output_scale(self, weight: FrozenWeight, dtype: torch.dtype = torch.float32) -> Tensor | None:
