@@ -24,8 +24,8 @@ def scale_output(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """y = scale * z + bias, (..., out) in z's dtype.
 
     Args:
-        z: (..., out), any float dtype; scale: (out,) fp32 (or fp64); bias: (out,), any float dtype, or None. Gradients go
-            to all three, scale's from an fp32 sum that repeats bit for bit.
+        z: (..., out), any float dtype; scale: (out,) fp32 (or fp64); bias: (out,), any float dtype, or None. Gradients
+            go to all three, scale's from an fp32 sum that repeats bit for bit.
     """
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         return _formula(z, scale, bias)
