@@ -333,3 +333,9 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     replica = net.layers[0]["up"]._replicate_for_data_parallel()
     with pytest.raises(LoraError, match="DistributedDataParallel"):
         replica(torch.randn(2, 8))
+
+
+def test_replicas_of_a_table_are_refused_too() -> None:
+    table = lora.inject(nn.Sequential(nn.Embedding(9, 4)), r=2, targets=["0"])[0]
+    with pytest.raises(LoraError, match="DataParallel is not supported"):
+        table._replicate_for_data_parallel()(torch.arange(3))

@@ -14,7 +14,7 @@ from ..errors import LoraError
 from ..ops import as_dtype
 from .host import LoraLayer
 from .kind import register
-from .matrix import MatrixKind, apart
+from .matrix import MatrixKind, apart, refuse_replica
 
 
 class LoraEmbedding(LoraLayer):
@@ -22,6 +22,7 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         adapters: Any = self._modules["lora"]
+        refuse_replica(self)
         adapters.check_size("a table under an adapter")
         y: Tensor = adapters.original.forward(self, input)  # (..., dim)
         host: Any = self

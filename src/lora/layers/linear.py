@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..errors import LoraError
 from ..ops import add_updates_, lora_linear, summed_bias
 from . import groups
 from .frozen import FrozenLinear, frozen_product
 from .host import LoraLayer
 from .kind import Kind, register
-from .matrix import MatrixKind, apart, stretched
+from .matrix import MatrixKind, apart, refuse_replica, stretched
 from .plan import plan
 
 
@@ -24,8 +23,7 @@ class LoraLinear(LoraLayer):
         # Straight from the dicts: nn.Module's attribute lookup costs a microsecond for each parameter or child,
         # and all of them together would double the time of a small call.
         adapters: Any = self._modules["lora"]
-        if "_is_replica" in self.__dict__:
-            raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
+        refuse_replica(self)
         path, _ = plan(self, adapters, x)
         if path == "plain":
             return _plain(self, adapters, x)

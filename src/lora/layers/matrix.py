@@ -174,6 +174,11 @@ class MatrixKind(Kind):
         return [self.frozen.note] if self.frozen.note else []
 
 
+def refuse_replica(host: nn.Module) -> None:
+    if "_is_replica" in host.__dict__:
+        raise LoraError("model: nn.DataParallel is not supported; use DistributedDataParallel or one GPU")
+
+
 def apart(
     y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight, bias: Tensor | None = None
 ) -> tuple[Tensor, list[tuple[Update, Pair]]]:
