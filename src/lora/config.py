@@ -136,7 +136,8 @@ class LoraConfig:
         alpha: numerator of the scaling; None means 2 r.
         dropout: probability with which an element of the update's input is zeroed in training, 0 <= p < 1.
         bias: which biases train: "none", "lora_only" (of the targets) or "all".
-        init: A starts "gaussian", N(0, 1/r) by standard deviation, or "kaiming", as nn.Linear; B at zero.
+        init: A starts "gaussian", N(0, 1/r) by standard deviation, or "kaiming", as nn.Linear; B at zero. Of an
+            embedding A is at zero and B N(0, 1), whichever is given.
         rslora: scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).
         exclude: names to leave out, as suffixes or one regular expression.
         layers: indices of the layers to adapt; None means all.
@@ -169,7 +170,12 @@ class LoraConfig:
         peft="lora_dropout",
     )  # fmt: skip
     bias: str = _setting("none", "Which biases are trained as well.", BIAS_MODES, peft="bias", maths=4)
-    init: str = _setting("gaussian", "How A starts; B starts at zero.", INITS, peft="init_lora_weights")
+    init: str = _setting(
+        "gaussian",
+        "How A starts; B starts at zero (of an embedding A does, and B is N(0, 1)).",
+        INITS,
+        peft="init_lora_weights",
+    )
     rslora: bool = _setting(
         False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).", _FLAG, peft="use_rslora", maths=3
     )

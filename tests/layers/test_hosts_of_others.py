@@ -6,6 +6,7 @@ import pickle
 import weakref
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch._dynamo.testing
@@ -252,3 +253,16 @@ def test_switching_compiles_nothing_again() -> None:
     around()
     around()
     assert counter.frame_count == first
+
+
+@pytest.mark.parametrize("order", ["offload", "inject"])
+@pytest.mark.parametrize("target", ["0", "1"])
+def test_an_adapter_whose_values_were_offloaded_is_refused_and_not_read(order: str, target: str) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    if order == "inject":
+        lora.inject(model, r=2, targets=[target])
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if order == "offload":
+        lora.inject(model, r=2, targets=[target])
+    with pytest.raises(LoraError, match="A and B are on the meta device"):
+        model(torch.arange(3))

@@ -12,6 +12,7 @@ from torch.nn.functional import dropout, embedding
 
 from ..errors import LoraError
 from ..ops import as_dtype
+from ..ops.lora_linear import refuse_meta
 from .host import LoraLayer
 from .kind import register
 from .matrix import MatrixKind, apart, refuse_replica
@@ -29,6 +30,7 @@ class LoraEmbedding(LoraLayer):
         y, pairs = apart(y, adapters.terms, adapters.frozen)
         flat = y.view(-1, y.shape[-1])
         for term, (A, B, s) in pairs:
+            refuse_meta(A, input)
             # A^T's rows are gathered, as the table's are; a padding token has no gradient there either.
             h = embedding(input.reshape(-1), A.t(), host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq)
             if self.training and term.dropout:  # of the one-hot input: its only element that is not zero

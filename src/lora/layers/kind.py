@@ -181,6 +181,6 @@ def refuse_stranger(argument: str, name: str, module: nn.Module, kind: type[Kind
     """Refuse a module that has an attribute `lora` already which is not this kind's."""
     if hasattr(module, "lora") and not isinstance(adapters_of(module), kind):
         raise LoraError(
-            f"{argument}: {name!r} has an attribute `lora` that is not ours, or an adapter there has a copy of the "
-            "module (train=[...] or bias='all'): is trained whole already"
+            f"{argument}: {name!r} has an attribute `lora` that is not ours, or is trained whole already (by an "
+            "adapter's train=[...] or bias='all')"
         )

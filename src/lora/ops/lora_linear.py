@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Update = tuple[Tensor, Tensor, float, float]
+from ..errors import LoraError
+
+Term = tuple[Tensor, Tensor, float, float]
 """A (r, in), B (out, r), scaling, dropout probability (0 outside training)."""
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterable[Update]) -> Tensor:
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterable[Term]) -> Tensor:
     """y = x W0^T + bias + sum over updates of s dropout(x) A^T B^T  (Hu et al., 2021, arXiv:2106.09685).
 
     Args:
@@ -31,13 +33,23 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterabl
     return y if x.dim() == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
-def add_updates_(y: Tensor, x: Tensor, updates: Iterable[Update]) -> Tensor:
+def add_updates_(y: Tensor, x: Tensor, updates: Iterable[Term]) -> Tensor:
     """y + sum over updates of s dropout(x) A^T B^T, in place: y (n, out), x (n, in)."""
     for A, B, scaling, dropout in updates:
+        refuse_meta(A, x)
         dropped = F.dropout(x, dropout) if dropout else x
         hidden = F.linear(dropped, as_dtype(A, x.dtype))  # (n, r)
         y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
     return y
+
+
+def refuse_meta(A: Tensor, x: Tensor) -> None:
+    """A product of a real and a meta tensor is memory that nobody wrote, without a word."""
+    if A.is_meta and not x.is_meta:
+        raise LoraError(
+            "model: an adapter's A and B are on the meta device (offloaded by accelerate, or injected before the base "
+            "had values), and nothing brings them to where it runs; load the model without offloading, then inject"
+        )
 
 
 class Biased(Protocol):
