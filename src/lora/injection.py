@@ -9,9 +9,9 @@ from torch import nn
 from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
-from .layers import KINDS, Adapter, Part, adapters_of, base_modules, hosts
+from .layers import KINDS, Adapter, Part, base_modules, hosts
 from .layers.frozen import settle
-from .layers.host import acting_class, activate, attach
+from .layers.host import acting_class, activate, attach, original_class
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
 from .targets import default_targets, select
 
@@ -92,8 +92,7 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
     """Attach prepared parts and let them act alone; where that fails or is interrupted, the model is as it was."""
     for host, kind, _ in parts:
-        own = adapters_of(host)
-        acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
+        acting_class(kind.layer, original_class(host))  # made now: making a class may fail
     adapter.anchor = next(name for name, module in base_modules(root) if module is parts[0].host)
     before = {host: adapters.active for _, host, adapters in hosts(root)}
     try:

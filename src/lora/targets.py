@@ -9,8 +9,7 @@ from torch import nn
 from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
-from .layers import Kind, base_modules, kind_of, supported
-from .layers.called import check_called
+from .layers import Kind, base_modules, check_called, kind_of, supported
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...

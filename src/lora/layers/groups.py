@@ -137,14 +137,10 @@ def words(host: nn.Module, adapters: Any, x: Tensor) -> str:
         return f"plain torch{over} ({why})"
     group: Group | None = adapters.group
     members = [host] if group is None else [m for m in group.members if m is host or _joins(m, host, x)]
-    targets = []
-    for frozen, terms in ((_adapters(m).frozen, _adapters(m).terms) for m in members):
-        targets.append((frozen.shape[0], sum(term.r for term in terms)))
-    device = card(x.device)
-    shape = Shape(
-        MANY, adapters.frozen.shape[1], tuple(targets), any(term.dropout for term in adapters.terms),
-        adapters.frozen.compute_dtype(x).itemsize, device.major, device.processors,
-    )  # fmt: skip
+    targets = tuple((_adapters(m).frozen.shape[0], sum(term.r for term in _adapters(m).terms)) for m in members)
+    masked, device = any(term.dropout for term in adapters.terms), card(x.device)
+    size = adapters.frozen.compute_dtype(x).itemsize
+    shape = Shape(MANY, adapters.frozen.shape[1], targets, masked, size, device.major, device.processors)
     return f"fused{over}" + describe(steps(shape)).removeprefix("fused")
 
 
@@ -163,6 +159,4 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
 
 
 def _adapters(host: nn.Module) -> Any:
-    adapters = adapters_of(host)
-    assert adapters is not None
-    return adapters
+    return host._modules["lora"]

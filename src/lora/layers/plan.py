@@ -60,9 +60,8 @@ def _why_not_fused(host: nn.Module, adapters: Any, x: Tensor) -> str | None:
         return f"on {kind}"
     if dtype not in DTYPES:
         return f"{str(dtype)[6:]} compute"
-    if adapters.quantized:
-        pass  # dequantized to the compute dtype, whichever that is
-    elif weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    if not adapters.quantized and not weight.dtype == dtype == autocast:  # a quantized one is made in any dtype
         return "autocast over weights of another dtype"
     if not HAS_TRITON:
         return "triton is not installed"

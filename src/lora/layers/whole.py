@@ -11,11 +11,10 @@ from ..bases import TO_SKIP, is_quantized
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
 from ..exact import How, MergedModule, Plain
-from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
 from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
-from .kind import Kind, Line, Part, hosts, register
+from .kind import Kind, Line, Part, check_called, hosts, register
 
 
 class Whole(nn.Module):
@@ -113,10 +112,6 @@ class WholeLayer(Kept):
         return self.lora.terms[-1].module(*args, **kwargs)
 
 
-class Exchanged(Plain):
-    """The host has the copy's values and the copy the host's."""
-
-
 @register
 class WholeAdapters(Kind):
     """The copies of one module, by adapter."""
@@ -124,12 +119,8 @@ class WholeAdapters(Kind):
     layer = WholeLayer
     by_targets = False
     weight_is_seen = True
+    rests = FrozenLinear  # a quantized linear of which an adapter trains the bias
     terms: tuple[Whole, ...]
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        if is_quantized(host):  # an adapter trains its bias
-            self.resting_layer = FrozenLinear
 
     def acts(self, host: nn.Module) -> None:
         covered = self.undo is None and any(self.covers(name) for name in self.active)
@@ -189,7 +180,7 @@ class WholeAdapters(Kind):
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
-        self.undo = Exchanged()
+        self.undo = Plain()  # the host has the copy's values and the copy the host's
         refresh(host)
         return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
 
