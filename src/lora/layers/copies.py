@@ -37,8 +37,7 @@ def copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) -
     twin._modules = dict(host._modules)
     twin._parameters = dict(host._parameters)
     for name in own:
-        start = host._parameters[name]
-        assert start is not None
+        start: Any = host._parameters[name]
         twin._parameters[name] = memo.setdefault(id(start), nn.Parameter(start.detach().clone()))
     _bare(twin)
     if is_quantized(twin):

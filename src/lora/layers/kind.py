@@ -61,9 +61,7 @@ class Kind(Adapters):
     # An adapter's part.
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """Fresh parts of this kind for a new adapter, nothing attached yet.
 
         Args:

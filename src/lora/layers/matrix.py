@@ -79,9 +79,7 @@ class MatrixKind(Kind):
             )
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """A fresh update for each target of this kind, with a bias of its own where the config trains biases."""
         update, parts = update_named(config.update), []
         for name, module in targets.items():
@@ -118,9 +116,8 @@ class MatrixKind(Kind):
         weight = self.frozen.parameter
         if weight.is_meta:
             raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
-        if not self.quantized and any(
-            step == 0 and length > 1 for step, length in zip(weight.stride(), weight.shape, strict=True)
-        ):
+        expanded = any(step == 0 and length > 1 for step, length in zip(weight.stride(), weight.shape, strict=True))
+        if expanded and not self.quantized:
             raise LoraError(f"model: the weight of {name!r} is an expanded view; give the module a tensor of its own")
 
     def written(self, host: nn.Module) -> list[Tensor]:
@@ -148,9 +145,8 @@ class MatrixKind(Kind):
 
     def leave(self, host: nn.Module) -> bool:
         undo, self.undo = self.undo, None
-        if undo is None or undo.merged_class is None:
+        if not isinstance(undo, exact.Replaced) or undo.merged_class is None:
             return False
-        assert isinstance(undo, exact.Replaced)
         self.original, self.resting_layer = undo.leave(host), None
         return True
 

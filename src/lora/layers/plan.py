@@ -13,20 +13,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
-    """path: how the host computes.
+    """How the host computes.
 
-    | path | |
-    |---|---|
-    | fused | one operator on the kernels, for all hosts that are fed this tensor |
-    | operator | the same operator in plain torch: over a quantized weight where the kernels do not run |
-    | plain | the base's own product and the update, in plain torch |
-    | apart | the base's product first, whoever computes it, and the updates on top |
-
-    why: what keeps the host from running fused; "" where it does.
+    fused: one operator on the kernels, for all hosts that are fed this tensor.
+    operator: the same operator in plain torch, over a quantized weight where the kernels do not run.
+    plain: the base's own product and the update, in plain torch.
+    apart: the base's product first, whoever computes it, and the updates on top.
     """
 
     path: str
-    why: str
+    why: str  # what keeps the host from running fused; "" where it does
 
 
 FUSED = Plan("fused", "")

@@ -129,9 +129,7 @@ class WholeAdapters(Kind):
                 take_layer(module, InnerLayer if covered else None)
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """A copy of each module to train whole, and of each with a bias to train that is no target.
 
         What the copies share stays shared: tied parameters are tied in the copies, and what does not train is the
@@ -209,19 +207,17 @@ def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> 
         if not fits and not loading:
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
-            own = list(base_parameters(modules[name]))
-            whole[name] = tuple(n for n, _ in own)
+            own = dict(base_parameters(modules[name]))
+            whole[name] = tuple(own)
             quantized = any(is_quantized(module) for _, module in base_modules(modules[name]))
-            if quantized or any(not p.is_floating_point() for _, p in own):
+            if quantized or not all(p.is_floating_point() for p in own.values()):
                 raise LoraError(
                     f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
                     f"with it in {TO_SKIP}"
                 )
             if not own:
                 raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
-    for name in [n for n in whole if _inside(n, [other for other in whole if other != n])]:  # the outer copy has it
-        del whole[name]
-    return whole
+    return {n: own for n, own in whole.items() if not _inside(n, whole.keys() - {n})}  # an outer copy has the others
 
 
 def _inside(name: str, roots: Iterable[str]) -> bool:
