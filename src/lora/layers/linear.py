@@ -35,9 +35,11 @@ class LoraLinear(LoraLayer):
 
 def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
     bias: Tensor | None = host._parameters["bias"]
+    training = host.training
     updates = []
     for term in adapters.terms:
-        updates += [(*pair, term.dropout if host.training else 0.0) for pair in term.pairs()]
+        dropout = term.dropout if training else 0.0
+        updates += [(*pair, dropout) for pair in term.pairs()]
         if term._parameters["bias"] is not None:
             bias = summed_bias(host._parameters["bias"], adapters.terms)
     y = lora_linear(x, adapters.frozen.dense(), bias, updates)
