@@ -35,7 +35,7 @@ ROOMS = {
     "report": "errors tables bases layers resident preparation",
     "merging": "errors bases exact layers resident",
     "activation": "errors config layers resident merging",
-    "injection": "errors config bases updates layers targets resident",
+    "injection": "errors config bases layers targets resident",
     "saving": "errors config files bases updates layers targets resident activation injection",
     "train": "errors config files bases layers targets lora",
     "commands": "errors config files exact train lora",

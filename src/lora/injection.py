@@ -1,7 +1,6 @@
 """inject: put a new adapter into a model, in place."""
 
 import warnings
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +9,11 @@ from torch import nn
 from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
-from .layers import KINDS, Adapter, Part, adapters_of, base_modules, hosts
+from .layers import KINDS, Adapter, Part, base_modules, hosts
 from .layers.frozen import settle
-from .layers.host import acting_class, activate, attach
+from .layers.host import acting_class, activate, attach, original_class
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
 from .targets import default_targets, select
-from .updates import update_named
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -40,14 +38,12 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
     root = unwrap(model, changing=True)
-    update_named(config.update)
     adapter = new_adapter(root, check_name(name), config)
     targets = select(root, config)
     if config.targets is None:
         chosen = default_targets(targets)
         warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
     parts = fresh_parts(root, targets, config, loading=False)
-    check_reached(root, parts)
     install(root, adapter, parts, trainable=True)
     return model
 
@@ -70,42 +66,34 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             LoraWarning,
             stacklevel=3,
         )
-    if others:
-        before = next(iter(others.values())).trainable_before
-    else:
-        before = frozenset(n for n, p in root.named_parameters() if p.requires_grad)
+    first = next(iter(others.values()), None)
+    before = first.trainable_before if first else frozenset(n for n, p in root.named_parameters() if p.requires_grad)
     return Adapter(name, config, before, extra or {})
 
 
 def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
-    """The adapter's parts of every kind of host; when loading, with nothing drawn."""
-    return [part for kind in KINDS for part in kind.parts(root, targets, config, loading)]
+    """The adapter's parts of every kind of host; when loading, with nothing drawn.
 
-
-def check_reached(root: nn.Module, parts: list[Part]) -> None:
-    """Refuse a part inside a module of which another adapter has a copy: while the copy acts, nothing reaches it."""
+    A part inside a module of which another adapter has a copy is refused: while the copy acts, nothing reaches it.
+    """
+    parts = [part for kind in KINDS for part in kind.parts(root, targets, config, loading)]
+    covered = {outer: a for outer, _, adapters in hosts(root) for a in adapters.records if adapters.covers(a)}
     mine = {part.host for part in parts}
-    inside: dict[str, str] = {}  # by the name of a module around one of them: that one's
-    for name, module in base_modules(root):
-        if module in mine:
-            around = list(accumulate(name.split("."), "{}.{}".format))
-            inside |= dict.fromkeys(around[:-1], name)
-    for outer, _, adapters in hosts(root):
-        for adapter in adapters.records if outer in inside else ():
-            if adapters.covers(adapter):
+    for name in [name for name, module in base_modules(root) if module in mine] if covered else ():
+        for outer, adapter in covered.items():
+            if name.startswith(f"{outer}."):
                 raise LoraError(
-                    f"targets, train or bias: {inside[outer]!r} is inside {outer!r}, trained whole by adapter "
-                    f"{adapter!r}, and would never run beside it; leave it out, or lora.remove that adapter first"
+                    f"targets, train or bias: {name!r} is inside {outer!r}, trained whole by adapter {adapter!r}, and "
+                    "would never run beside it; leave it out, or lora.remove that adapter first"
                 )
+    return parts
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
     """Attach prepared parts and let them act alone; where that fails or is interrupted, the model is as it was."""
     for host, kind, _ in parts:
-        own = adapters_of(host)
-        acting_class(kind.layer, type(host) if own is None else own.original)  # made now: making a class may fail
-    names = {module: name for name, module in base_modules(root)}
-    adapter.anchor = names[parts[0].host]
+        acting_class(kind.layer, original_class(host))  # made now: making a class may fail
+    adapter.anchor = next(name for name, module in base_modules(root) if module is parts[0].host)
     before = {host: adapters.active for _, host, adapters in hosts(root)}
     try:
         if not resident(root):

@@ -1,7 +1,5 @@
 """What a model carries, asked and changed over all its hosts at once; the hosts hold the state, not the model."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -53,13 +51,12 @@ def resident(root: nn.Module) -> dict[str, Adapter]:
 def named(root: nn.Module, name: str | None, otherwise: str) -> list[str]:
     """The adapter of that name, or all of them. Raises LoraError where there is none; `otherwise`: of any name."""
     there = resident(root)
-    if name is not None:
-        check_name(name)
+    names = list(there) if name is None else [check_name(name)]
     if not there:
         raise LoraError(f"model: it has no adapter {otherwise}")
-    if name is not None and name not in there:
-        raise LoraError(f"name: the model has no adapter {name!r}{near(name, there)}")
-    return list(there) if name is None else [name]
+    if names[0] not in there:
+        raise LoraError(f"name: the model has no adapter {name!r}{near(names[0], there)}")
+    return names
 
 
 def acting(root: nn.Module) -> list[str]:
@@ -76,18 +73,16 @@ def refuse_merged(root: nn.Module) -> None:
         raise LoraError("model: its adapters are merged already; call lora.unmerge(model) first")
 
 
-def activate_all(root: nn.Module, names: Iterable[str]) -> None:
-    names = list(names)
+def activate_all(root: nn.Module, names: list[str]) -> None:
     for _, host, _ in hosts(root):
         activate(host, names)
 
 
-def drop(root: nn.Module, names: Iterable[str], record: Adapter | None = None) -> None:
+def drop(root: nn.Module, names: list[str], record: Adapter | None = None) -> None:
     """Detach adapters from an unmerged model; with the last one the base may train again as before.
 
     `record`: an adapter of the model, where it may have come to no host yet.
     """
-    names = list(names)
     record = record or next(iter(resident(root).values()))
     for _, host, adapters in list(hosts(root)):
         for name in names:

@@ -15,7 +15,7 @@ from .files.adapter import AdapterFile, read, write
 from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, other_quantization, quantization
 from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import from_peft, task_type, to_peft
-from .injection import check_reached, fresh_parts, install, new_adapter
+from .injection import fresh_parts, install, new_adapter
 from .layers import Adapter, Kind, Part, base_modules, hosts
 from .resident import is_merged, named, resident, unwrap
 from .targets import select
@@ -83,7 +83,6 @@ def load(
             "it on that"
         )
     parts = fresh_parts(root, targets, config, loading=True)
-    check_reached(root, parts)
     _fill(root, folder, parts, tensors)
     if check:
         names = {module: name for name, module in base_modules(root)}

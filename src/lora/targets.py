@@ -1,15 +1,15 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from torch import nn
 
 from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
-from .layers import Kind, base_modules, kind_of, supported
-from .layers.called import check_called
+from .layers import Kind, base_modules, check_called, kind_of, supported
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -26,6 +26,8 @@ ATTENTION_NAMES = (
 )
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
+EntryT = TypeVar("EntryT", str, int)
+
 
 def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[str, nn.Module]:
     """The modules that the update goes to, by full name, in the model's order.
@@ -41,19 +43,21 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         raise LoraError(
             f"model: {type(model).__name__} has no module inside it to adapt; {supported()}{_any_other(modules)}"
         )
-    candidates = _matching(model, config, modules, kinds, loading)
+    if not loading:
+        _check_targets(model, config.targets, modules, kinds)
+    meant = _meant(model, config, modules, kinds)
+    candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
-    chosen = {
-        first_names[modules[name]]: modules[name]
-        for name in candidates
-        if not matches(config.exclude, name) and _in_layers(config.layers, name) and not _within(config.train, name)
-    }
+    chosen = {first_names[modules[name]]: modules[name] for name in candidates if _left_in(config, name)}
     for name, module in chosen.items():
         check_called(model, "targets", name)
         kinds[name].check(model, name, module)
     if loading:
         return chosen
-    _check_skipped(model, config, modules, kinds)
+    for name, module in modules.items():  # a linear of another quantizer would be skipped without a word
+        linear = name not in kinds and "linear" in type(module).__name__.lower() and not list(module.children())
+        if linear and _left_in(config, name) and meant(name) and (other := other_quantizer(module)):
+            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
     _check_filters(config, candidates, modules)
     if not chosen:
         raise LoraError(
@@ -80,64 +84,27 @@ def default_targets(linear: Iterable[str], hint: str = "") -> list[str]:
     )
 
 
-def _check_skipped(
+def _meant(
     model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]]
-) -> None:
-    """Refuse a linear that targets means and that another quantizer made, which would be skipped without a word."""
-    heads = output_heads(model)
-    for name, module in modules.items():
-        if name in kinds or next(module.children(), None) is not None or "linear" not in type(module).__name__.lower():
-            continue
-        if matches(config.exclude, name) or not _in_layers(config.layers, name) or _within(config.train, name):
-            continue
-        if config.targets == "all-linear":
-            meant = not _within(heads, name)
-        else:
-            meant = matches(config.targets or default_targets(_linears(kinds)), name)
-        if meant and (other := other_quantizer(module)):
-            raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
+) -> Callable[[str], bool]:
+    """Whether `targets` means the module of a name, which a kind takes or none."""
+    if config.targets == "all-linear":
+        heads = output_heads(model)
+        return lambda name: (name not in kinds or kinds[name].all_linear) and not _within(heads, name)
+    linear = (name for name, kind in kinds.items() if kind.all_linear)
+    targets = config.targets or default_targets(linear, _any_other(modules))
+    return lambda name: matches(targets, name)
+
+
+def _left_in(config: LoraConfig, name: str) -> bool:
+    """Whether `exclude`, `layers` and `train` leave a module to `targets`."""
+    within = config.layers is None or layer_index(name) in _listed(config.layers)
+    return within and not matches(config.exclude, name) and not _within(config.train, name)
 
 
 def _any_other(modules: dict[str, nn.Module]) -> str:
     """The words for the first module that another quantizer made."""
     return next((text for module in modules.values() if (text := other_quantizer(module))), "")
-
-
-def _matching(
-    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]], loading: bool
-) -> list[str]:
-    targets = config.targets
-    if targets == "all-linear":
-        heads = output_heads(model)
-        return [name for name in _linears(kinds) if not _within(heads, name)]
-    if isinstance(targets, str):
-        found = [name for name in kinds if matches(targets, name)]
-        if not found and not loading:
-            raise LoraError(
-                f"targets: the regular expression {targets!r} fits no adaptable module's full name "
-                f"(it is matched against the whole{near(targets, kinds)}); a list, [{targets!r}], matches the ends"
-                f"{_any_other(modules)}"
-            )
-        return found
-    for target in [] if loading else targets or []:
-        fits = [name for name in modules if matches([target], name)]
-        if not fits:
-            raise LoraError(
-                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(kinds))}"
-            )
-        for name in fits:
-            if name not in kinds:
-                kind = type(modules[name])
-                raise LoraError(
-                    f"targets: {target!r} fits {name!r}, a {kind.__qualname__}; {supported()}"
-                    f"{other_quantizer(modules[name])}{_inside(name, kinds)}"
-                )
-    return [name for name in kinds if matches(targets or default_targets(_linears(kinds), _any_other(modules)), name)]
-
-
-def _linears(kinds: dict[str, type[Kind]]) -> list[str]:
-    """What "all-linear" and the default mean."""
-    return [name for name, kind in kinds.items() if kind.all_linear]
 
 
 def output_heads(model: nn.Module) -> list[str]:
@@ -156,10 +123,8 @@ def layer_index(name: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
-def _in_layers(layers: int | list[int] | None, name: str) -> bool:
-    if layers is None:
-        return True
-    return layer_index(name) in (layers if isinstance(layers, list) else [layers])
+def _listed(one_or_more: EntryT | list[EntryT] | None) -> list[EntryT]:
+    return one_or_more if isinstance(one_or_more, list) else [] if one_or_more is None else [one_or_more]
 
 
 def _within(roots: Iterable[str], name: str) -> bool:
@@ -167,25 +132,44 @@ def _within(roots: Iterable[str], name: str) -> bool:
     return any(re.search(rf"(^|\.){re.escape(root)}(\.|$)", name) for root in roots)
 
 
+def _check_targets(
+    model: nn.Module, targets: str | list[str] | None, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]]
+) -> None:
+    """Refuse a target that fits no module, or one that no kind takes."""
+    if isinstance(targets, str) and targets != "all-linear" and not any(matches(targets, name) for name in kinds):
+        raise LoraError(
+            f"targets: the regular expression {targets!r} fits no adaptable module's full name "
+            f"(it is matched against the whole{near(targets, kinds)}); a list, [{targets!r}], matches the ends"
+            f"{_any_other(modules)}"
+        )
+    for target in targets if isinstance(targets, list) else ():
+        fits = [name for name in modules if matches([target], name)]
+        if not fits:
+            raise LoraError(
+                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(kinds))}"
+            )
+        for name in fits:
+            if name not in kinds:
+                inner = _leaves(other for other in kinds if other.startswith(name + "."))
+                inside = f"; inside it there are: {', '.join(inner[:8])}" if inner else ""
+                raise LoraError(
+                    f"targets: {target!r} fits {name!r}, a {type(modules[name]).__qualname__}; {supported()}"
+                    f"{other_quantizer(modules[name])}{inside}"
+                )
+
+
 def _check_filters(config: LoraConfig, candidates: list[str], modules: dict[str, nn.Module]) -> None:
-    if config.exclude is not None:
-        entries = [config.exclude] if isinstance(config.exclude, str) else [[entry] for entry in config.exclude]
-        for entry in entries:
-            if not any(matches(entry, name) for name in modules):
-                shown = entry if isinstance(entry, str) else entry[0]
-                raise LoraError(f"exclude: {shown!r} fits no module{near(shown, _leaves(candidates))}")
-    if config.layers is not None:
-        there = {layer_index(name) for name in candidates} - {None}
-        for index in config.layers if isinstance(config.layers, list) else [config.layers]:
-            if index not in there:
-                span = f"layers {min(there)} to {max(there)}" if there else "no numbered layers"  # type: ignore[type-var]
-                raise LoraError(f"layers: no target lies in layer {index}; the targets lie in {span}")
+    """Refuse an `exclude` or a layer that fits nothing."""
+    for entry in _listed(config.exclude):
+        pattern = entry if isinstance(config.exclude, str) else [entry]
+        if not any(matches(pattern, name) for name in modules):
+            raise LoraError(f"exclude: {entry!r} fits no module{near(entry, _leaves(candidates))}")
+    there = {index for name in candidates if (index := layer_index(name)) is not None}
+    for layer in _listed(config.layers):
+        if layer not in there:
+            span = f"layers {min(there)} to {max(there)}" if there else "no numbered layers"
+            raise LoraError(f"layers: no target lies in layer {layer}; the targets lie in {span}")
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def _inside(name: str, linear: Iterable[str]) -> str:
-    inner = _leaves(other for other in linear if other.startswith(name + "."))
-    return f"; inside it there are: {', '.join(inner[:8])}" if inner else ""

@@ -8,6 +8,7 @@ from .kind import KINDS as KINDS
 from .kind import Kind as Kind
 from .kind import Line as Line
 from .kind import Part as Part
+from .kind import check_called as check_called
 from .kind import hosts as hosts
 from .kind import kind_of as kind_of
 from .kind import register as register

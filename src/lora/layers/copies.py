@@ -9,7 +9,7 @@ from torch import nn
 
 from ..bases import is_quantized
 from .frozen import FrozenLinear
-from .host import adapters_of, base_modules, take_class, take_layer
+from .host import adapters_of, base_modules, take_layer
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -22,10 +22,9 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def deep_copy(host: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of a module as its base made it, without the adapters that it may carry."""
-    adapters = adapters_of(host)
-    if adapters is not None:
-        memo[id(adapters)] = None
-    twin = _bare(copy.deepcopy(host, memo), host)
+    if (adapters := adapters_of(host)) is not None:
+        memo[id(adapters)] = adapters
+    twin = _bare(copy.deepcopy(host, memo))
     for _, module in base_modules(twin):
         take_layer(module, None)  # of which another copy may act
     return twin
@@ -38,20 +37,18 @@ def copy_with_own(host: nn.Module, own: tuple[str, ...], memo: dict[int, Any]) -
     twin._modules = dict(host._modules)
     twin._parameters = dict(host._parameters)
     for name in own:
-        start = host._parameters[name]
-        assert start is not None
+        start: Any = host._parameters[name]
         twin._parameters[name] = memo.setdefault(id(start), nn.Parameter(start.detach().clone()))
-    _bare(twin, host)
+    _bare(twin)
     if is_quantized(twin):
         take_layer(twin, FrozenLinear)
     return twin
 
 
-def _bare(twin: nn.Module, host: nn.Module) -> nn.Module:
+def _bare(twin: nn.Module) -> nn.Module:
     """Take the adapters, hooks and replaced forward off a host's copy: the host itself has them."""
-    adapters = adapters_of(host)
-    if adapters is not None:
-        take_class(twin, adapters.original, adapters.original)
+    if adapters_of(twin) is not None:
+        take_layer(twin, None)
         del twin._modules["lora"]
     for name, value in list(twin.__dict__.items()):
         if name in ("forward", "_old_forward", "_hf_hook"):

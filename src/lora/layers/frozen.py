@@ -4,7 +4,7 @@ The product is with the dequantized weight, forward and backward; where the modu
 without gradients, its format says so.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +18,21 @@ from .host import LoraLayer, adapters_of, base_modules, original_class, take_lay
 class FrozenLinear(LoraLayer):
     """A quantized linear on which no adapter acts."""
 
-    weight_kind: ClassVar[type[FrozenWeight]]
+    weight_kind: ClassVar[Any]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        kind = weight_kind(cls)  # once a class, and not at each call
-        assert kind is not None
-        cls.weight_kind = kind
+        cls.weight_kind = weight_kind(cls)  # once a class, and not at each call
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_product(self, type(self).weight_kind(self), x)
 
 
 def frozen_product(host: nn.Module, weight: FrozenWeight, x: Tensor) -> Tensor:
-    """W0 x + bias, (..., out), in the dtype that the module's own forward gives."""
+    """W0 x + bias over a quantized weight, (..., out), in the dtype that the module's own forward gives."""
     if weight.runs_own_forward(host, x):
         return weight.own_forward(host, original_class(host), x)
-    return product(weight, x, host._parameters["bias"])
-
-
-def product(weight: FrozenWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """W0 x + bias over a quantized weight, with gradients."""
-    dtype = weight.compute_dtype(x)
+    bias, dtype = host._parameters["bias"], weight.compute_dtype(x)
     y = frozen_linear(as_dtype(x, dtype), *weight.stored(), None if bias is None else as_dtype(bias, dtype))
     return as_dtype(y, weight.output_dtype(x))
 

@@ -26,10 +26,7 @@ SHARED_INPUT = (
 )
 """Names of siblings that are usually fed the same tensor; each call confirms it."""
 
-
-MANY = 8192
-"""Rows of the input for which the summary tells what runs."""
-
+MANY = 8192  # rows of the input for which the summary tells what runs
 State = tuple[tuple[str, ...], bool, bool, tuple[int, ...]]
 """active adapters, training mode, gradients recorded, versions of the tensors"""
 
@@ -52,8 +49,7 @@ class Group:
         if place in self.ready:
             y, state = self.ready.pop(place)
             if x is self.x and state == _state(host, x):
-                if not self.ready:
-                    self.x = None
+                self.x = x if self.ready else None
                 return y
             self.dissolve()
             return compute([host], x)[0]
@@ -106,9 +102,8 @@ def form(hosts: Iterable[tuple[str, nn.Module, Any]]) -> None:
 def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
     """y of each host for one input, as one operator: one shrink, one dA, one sum for dx."""
     all_adapters = [_adapters(host) for host in hosts]
-    all_terms = [adapters.terms for adapters in all_adapters]
-    pairs = [[pair for term in terms for pair in term.pairs()] for terms in all_terms]
-    biases = [summed_bias(h._parameters["bias"], t) for h, t in zip(hosts, all_terms, strict=True)]
+    pairs = [[pair for term in adapters.terms for pair in term.pairs()] for adapters in all_adapters]
+    biases = [summed_bias(host._parameters["bias"], _adapters(host).terms) for host in hosts]
     stored = [adapters.frozen.stored() for adapters in all_adapters]
     first = all_adapters[0]
     dtype = first.frozen.compute_dtype(x)
@@ -120,7 +115,7 @@ def compute(hosts: list[nn.Module], x: Tensor) -> list[Tensor]:
         [[A for A, _, _ in target] for target in pairs],
         [[B for _, B, _ in target] for target in pairs],
         [[s for _, _, s in target] for target in pairs],
-        dropout=all_terms[0][0].dropout if hosts[0].training else 0.0,
+        dropout=first.terms[0].dropout if hosts[0].training else 0.0,
         formats=";".join(text for _, text in stored) if first.quantized else "",
     )
     if first.scaled:
@@ -137,14 +132,10 @@ def words(host: nn.Module, adapters: Any, x: Tensor) -> str:
         return f"plain torch{over} ({why})"
     group: Group | None = adapters.group
     members = [host] if group is None else [m for m in group.members if m is host or _joins(m, host, x)]
-    targets = []
-    for frozen, terms in ((_adapters(m).frozen, _adapters(m).terms) for m in members):
-        targets.append((frozen.shape[0], sum(term.r for term in terms)))
-    device = card(x.device)
-    shape = Shape(
-        MANY, adapters.frozen.shape[1], tuple(targets), any(term.dropout for term in adapters.terms),
-        adapters.frozen.compute_dtype(x).itemsize, device.major, device.processors,
-    )  # fmt: skip
+    targets = tuple((_adapters(m).frozen.shape[0], sum(term.r for term in _adapters(m).terms)) for m in members)
+    masked, device = any(term.dropout for term in adapters.terms), card(x.device)
+    size = adapters.frozen.compute_dtype(x).itemsize
+    shape = Shape(MANY, adapters.frozen.shape[1], targets, masked, size, device.major, device.processors)
     return f"fused{over}" + describe(steps(shape)).removeprefix("fused")
 
 
@@ -163,6 +154,4 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
 
 
 def _adapters(host: nn.Module) -> Any:
-    adapters = adapters_of(host)
-    assert adapters is not None
-    return adapters
+    return host._modules["lora"]

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from ..bases import is_quantized
 from ..config import LoraConfig
 from ..exact import Undo
 
@@ -60,9 +61,7 @@ def acting_class(layer: type[LoraLayer], original: type[nn.Module]) -> type[Lora
 
 def _ours(cls: type[nn.Module], original: type[nn.Module] | None = None) -> Any:
     """The class among those that one comes from which `acting_class` made, or `original`; None: there is none."""
-    return next(
-        (c for c in cls.__mro__ if c is original or (issubclass(c, LoraLayer) and "original" in c.__dict__)), None
-    )
+    return next((c for c in cls.__mro__ if c is original or (issubclass(c, LoraLayer) and "original" in vars(c))), None)
 
 
 def _revive(make: Any, *classes: Any) -> Any:
@@ -107,6 +106,7 @@ class Adapters(nn.Module):
     """
 
     layer: ClassVar[type[LoraLayer]]  # what the host becomes while adapters act
+    rests: ClassVar[type[LoraLayer] | None] = None  # what a quantized host is while none acts; None: itself
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -115,16 +115,11 @@ class Adapters(nn.Module):
         self.active: tuple[str, ...] = ()
         self.terms: tuple[Any, ...] = ()  # the active children, for the forward pass
         self.undo: Undo | None = None  # what the unmerge needs; None when not merged
-        self.resting_layer: type[LoraLayer] | None = None  # what the host is while no adapter acts; None: itself
+        self.resting_layer = self.rests if is_quantized(host) else None
         self.classes: set[type[nn.Module]] = set()  # that the host had: found again, compiled code stays valid
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "classes": set()}  # a class made at run time cannot be pickled
-
-    @property
-    def resting(self) -> type[nn.Module]:
-        """The host's class while no adapter acts."""
-        return self.original if self.resting_layer is None else acting_class(self.resting_layer, self.original)
 
     def acts(self, host: nn.Module) -> None:
         """Called when others act than before: `terms` are their parts, without effect while `undo` is set."""
@@ -186,14 +181,13 @@ def detach(host: nn.Module, name: str) -> None:
     adapters._modules.pop(name, None)
     adapters.records.pop(name, None)
     if not adapters.records:
-        take_class(host, adapters.original, adapters.original)
+        take_layer(host, None)
         del host.lora
 
 
 def activate(host: nn.Module, names: Iterable[str]) -> None:
     """Let these of the host's adapters act, and no others; names that it does not carry are passed over."""
-    adapters = adapters_of(host)
-    assert adapters is not None
+    adapters: Any = adapters_of(host)
     adapters.active = tuple(n for n in names if n in adapters)
     adapters.terms = tuple(adapters[n] for n in adapters.active)
     refresh(host)
@@ -201,36 +195,34 @@ def activate(host: nn.Module, names: Iterable[str]) -> None:
 
 def refresh(host: nn.Module) -> None:
     """Set the host's class after a change of `active` or `undo`."""
-    adapters = adapters_of(host)
-    assert adapters is not None
+    adapters: Any = adapters_of(host)
     adapters.acts(host)
-    if adapters.undo is None:
-        new = acting_class(adapters.layer, adapters.original) if adapters.active else adapters.resting
+    if adapters.undo is not None and adapters.undo.merged_class is not None:
+        take_class(host, adapters.undo.merged_class)
     else:
-        new = adapters.undo.merged_class or adapters.resting
-    take_class(host, new, adapters.original)
+        take_layer(host, adapters.layer if adapters.active and adapters.undo is None else adapters.resting_layer)
 
 
 def original_class(host: nn.Module) -> type[nn.Module]:
     """The class that a host has in a model without adapters."""
+    found = adapters_of(host)  # others may have made another class of that one since
+    if found is not None:
+        return found.original
     return host.original if isinstance(host, LoraLayer) else type(host)
 
 
 def take_layer(host: nn.Module, layer: type[LoraLayer] | None) -> None:
-    """Give a module without adapters the class that `layer` makes of its own class, or its own."""
+    """Give a module the class that `layer` makes of its original class, or that one."""
     original = original_class(host)
     take_class(host, original if layer is None else acting_class(layer, original))
 
 
-def take_class(host: nn.Module, new: type[nn.Module], original: type[nn.Module] | None = None) -> None:
-    """Give a host another class. What others made of the present one meanwhile, they find made of the new one.
-
-    `original`: the class in which adapters found the host, which somebody may have made another of since.
-    """
-    present = type(host)
-    core = _ours(present, original) or present
+def take_class(host: nn.Module, new: type[nn.Module]) -> None:
+    """Give a host another class. What others made of the present one meanwhile, they find made of the new one."""
+    present, adapters = type(host), adapters_of(host)
+    core = _ours(present, None if adapters is None else adapters.original) or present
     object.__setattr__(host, "__class__", _over(present, core, new))
-    if (adapters := adapters_of(host)) is not None:
+    if adapters is not None:
         adapters.classes |= {present, type(host), new}
     if "_old_forward" in host.__dict__:  # accelerate's hooks keep the class's forward on the instance
         host._old_forward = MethodType(type(host).forward, host)  # type: ignore[assignment]

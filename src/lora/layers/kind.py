@@ -45,6 +45,7 @@ class Kind(Adapters):
     by_targets: ClassVar[bool] = True  # whether a part is on a module because `targets` picked it
     weight_is_seen: ClassVar[bool] = False  # whether who reads host.weight, and does not call the host, sees what acts
     group: Any = None  # the hosts that are computed together with this one, where there are any
+    quantization: str | None = None  # how the host's weight is quantized, where it is
 
     # Which modules.
 
@@ -60,9 +61,7 @@ class Kind(Adapters):
     # An adapter's part.
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """Fresh parts of this kind for a new adapter, nothing attached yet.
 
         Args:
@@ -101,11 +100,6 @@ class Kind(Adapters):
 
     # Merged into the host.
 
-    @property
-    def quantization(self) -> str | None:
-        """How the host's weight is quantized, where it is."""
-        return None
-
     def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
         """Raise LoraError where the host's weight cannot take a merge."""
 
@@ -122,8 +116,7 @@ class Kind(Adapters):
         raise NotImplementedError
 
     def leave(self, host: nn.Module) -> bool:
-        """Before a merged host's adapters go for good: forget the way back. True where its weight is quantized no
-        longer."""
+        """Forget the way back, before a merged host's adapters go. True: its weight is quantized no longer."""
         self.undo = None
         return False
 
@@ -177,10 +170,16 @@ def supported() -> str:
     return "; ".join([bases.supported(), *(kind.supports for kind in KINDS if kind.supports)])
 
 
-def refuse_stranger(argument: str, name: str, module: nn.Module, kind: type[Kind]) -> None:
-    """Refuse a module that has an attribute `lora` already which is not this kind's."""
-    if hasattr(module, "lora") and not isinstance(adapters_of(module), kind):
+def check_called(model: nn.Module, argument: str, name: str) -> None:
+    """Refuse a module whose parent reads its weight and never calls it: an adapter there would do nothing."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
         raise LoraError(
-            f"{argument}: {name!r} has an attribute `lora` that is not ours, or is trained whole already (by an "
-            "adapter's train=[...] or bias='all')"
+            f"{argument}: {name!r} is inside nn.MultiheadAttention, which reads its weight and never calls it, so an "
+            "adapter there would do nothing; leave it out with exclude=[...]"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise LoraError(
+            f"{argument}: {name!r} is inside nn.TransformerEncoderLayer, whose fast path reads its weight and does not "
+            "call it in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first"
         )

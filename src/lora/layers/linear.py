@@ -27,10 +27,10 @@ class LoraLinear(LoraLayer):
         path, _ = plan(self, adapters, x)
         if path == "plain":
             return _plain(self, adapters, x)
-        if path == "fused":
-            group: groups.Group | None = adapters.group
-            return groups.compute([self], x)[0] if group is None else group.collect(self, x)
-        return groups.compute([self], x)[0] if path == "operator" else _apart(self, adapters, x)
+        if path == "apart":
+            return _apart(self, adapters, x)
+        group: groups.Group | None = adapters.group if path == "fused" else None
+        return groups.compute([self], x)[0] if group is None else group.collect(self, x)
 
 
 def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:
@@ -67,10 +67,6 @@ class LinearAdapters(MatrixKind):
     keys: ClassVar[dict[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "base_layer.bias"}
     all_linear = True
     rests = FrozenLinear
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        self.group: groups.Group | None = None
 
     @classmethod
     def arrange(cls, hosts: Iterable[tuple[str, nn.Module, Kind]]) -> None:

@@ -6,24 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .. import exact
 from ..bases import FrozenWeight, keeps_forward, other_quantizer, weight_of
 from ..config import LoraConfig
 from ..errors import LoraError
-from ..exact import (
-    DenseUndo,
-    How,
-    MergedModule,
-    Replaced,
-    check_into,
-    merge_dense,
-    merge_replaced,
-    unmerge_dense,
-    unmerge_replaced,
-)
+from ..exact import How, MergedModule
 from ..ops import scale_output
 from ..updates import Pair, Start, Update, change, update_named
-from .host import LoraLayer, adapters_of, original_class, refresh
-from .kind import Kind, Line, Part, kind_of, refuse_stranger, supported
+from .host import adapters_of, original_class, refresh
+from .kind import Kind, Line, Part, kind_of, supported
 
 
 class MatrixKind(Kind):
@@ -32,19 +23,15 @@ class MatrixKind(Kind):
     role: ClassVar[str]  # which frozen weights are of this kind: `FrozenWeight.role`
     keys: ClassVar[dict[str, str]]  # names in a file of the update's A and B, and of the trained bias
     zero: ClassVar[str] = "B"  # the half of a fresh update that is zero
-    rests: ClassVar[type[LoraLayer] | None] = None  # what a host over a quantized weight is while no adapter acts
     terms: tuple[Update, ...]
-    scaled: bool  # whether an acting update has an output scale
+    scaled: bool = False  # whether an acting update has an output scale
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
         weight = self.weight(host)
         assert weight is not None, type(host)
-        self.frozen = weight
+        self.frozen, self.quantization = weight, weight.quantization
         self.quantized = weight.quantization is not None
-        self.scaled = False
-        if self.quantized:
-            self.resting_layer = self.rests
 
     def acts(self, host: nn.Module) -> None:
         self.scaled = any(term.scales for term in self.terms)
@@ -60,17 +47,15 @@ class MatrixKind(Kind):
     @classmethod
     def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:
         """Refuse a module whose forward would not be what the library takes it for, or whose weight cannot be used."""
-        found = adapters_of(module)
-        kind: Any = original_class(module) if found is None else found.original
+        kind: Any = original_class(module)
         if not keeps_forward(kind, cls.role):
             raise LoraError(
                 f"targets: {name!r} is a {kind.__module__}.{kind.__qualname__}, which has a forward of its own; "
                 f"{supported()}, and subclasses that keep their forward{other_quantizer(module)}"
             )
-        frozen = cls.weight(module)
-        assert frozen is not None
-        plain = frozen.quantization is None
+        frozen: Any = cls.weight(module)
         weight: Any = module._parameters.get("weight")
+        plain = frozen.quantization is None
         computed = [n for n in ("weight", "bias") if n not in module._parameters and hasattr(module, n)]
         if plain and computed:
             raise LoraError(
@@ -94,17 +79,18 @@ class MatrixKind(Kind):
             )
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """A fresh update for each target of this kind, with a bias of its own where the config trains biases."""
         update, parts = update_named(config.update), []
         for name, module in targets.items():
             if kind_of(module) is not cls:
                 continue
-            refuse_stranger("targets", name, module, cls)
-            weight = cls.weight(module)
-            assert weight is not None
+            if hasattr(module, "lora") and not isinstance(adapters_of(module), cls):
+                raise LoraError(
+                    f"targets: {name!r} has an attribute `lora` that is not ours, or is trained whole already (by an "
+                    "adapter's train=[...] or bias='all')"
+                )
+            weight: Any = cls.weight(module)
             init = None if loading else config.init
             start = Start(config.rank(name), config.scaling(name), config.dropout, init, cls.zero)
             part = update.fresh(weight, start)
@@ -125,18 +111,13 @@ class MatrixKind(Kind):
         A, B, _ = part.pairs()[0]
         return Line((B.shape[0], A.shape[1]), part.r, sum(p.numel() for p in part.parameters()), part.note)
 
-    @property
-    def quantization(self) -> str | None:
-        return self.frozen.quantization
-
     def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
-        check_into(name, self.frozen, into)
+        exact.check_into(name, self.frozen, into)
         weight = self.frozen.parameter
         if weight.is_meta:
             raise LoraError(f"model: the weight of {name!r} is on the meta device; load it, then merge")
-        if not self.quantized and any(
-            step == 0 and length > 1 for step, length in zip(weight.stride(), weight.shape, strict=True)
-        ):
+        expanded = any(step == 0 and length > 1 for step, length in zip(weight.stride(), weight.shape, strict=True))
+        if expanded and not self.quantized:
             raise LoraError(f"model: the weight of {name!r} is an expanded view; give the module a tensor of its own")
 
     def written(self, host: nn.Module) -> list[Tensor]:
@@ -147,26 +128,25 @@ class MatrixKind(Kind):
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         if self.quantized:
-            report, self.undo = merge_replaced(name, host, self.frozen, self.terms, how)
+            report, self.undo = exact.merge_replaced(name, host, self.frozen, self.terms, how)
         else:
-            report, self.undo = merge_dense(name, host, self.frozen, self.terms)
+            report, self.undo = exact.merge_dense(name, host, self.frozen, self.terms)
         refresh(host)
         return report
 
     def unmerge(self, name: str, host: nn.Module, how: How) -> None:
-        if isinstance(self.undo, Replaced):
-            unmerge_replaced(name, host, self.frozen, self.terms, self.undo)
+        if isinstance(self.undo, exact.Replaced):
+            exact.unmerge_replaced(name, host, self.frozen, self.terms, self.undo)
         else:
-            assert isinstance(self.undo, DenseUndo)
-            unmerge_dense(name, host, self.frozen, self.terms, self.undo)
+            assert isinstance(self.undo, exact.DenseUndo)
+            exact.unmerge_dense(name, host, self.frozen, self.terms, self.undo)
         self.undo = None
         refresh(host)
 
     def leave(self, host: nn.Module) -> bool:
         undo, self.undo = self.undo, None
-        if undo is None or undo.merged_class is None:
+        if not isinstance(undo, exact.Replaced) or undo.merged_class is None:
             return False
-        assert isinstance(undo, Replaced)
         self.original, self.resting_layer = undo.leave(host), None
         return True
 

@@ -13,20 +13,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Plan(NamedTuple):
-    """path: how the host computes.
+    """How the host computes.
 
-    | path | |
-    |---|---|
-    | fused | one operator on the kernels, for all hosts that are fed this tensor |
-    | operator | the same operator in plain torch: over a quantized weight where the kernels do not run |
-    | plain | the base's own product and the update, in plain torch |
-    | apart | the base's product first, whoever computes it, and the updates on top |
-
-    why: what keeps the host from running fused; "" where it does.
+    fused: one operator on the kernels, for all hosts that are fed this tensor.
+    operator: the same operator in plain torch, over a quantized weight where the kernels do not run.
+    plain: the base's own product and the update, in plain torch.
+    apart: the base's product first, whoever computes it, and the updates on top.
     """
 
     path: str
-    why: str
+    why: str  # what keeps the host from running fused; "" where it does
 
 
 FUSED = Plan("fused", "")
@@ -60,9 +56,8 @@ def _why_not_fused(host: nn.Module, adapters: Any, x: Tensor) -> str | None:
         return f"on {kind}"
     if dtype not in DTYPES:
         return f"{str(dtype)[6:]} compute"
-    if adapters.quantized:
-        pass  # dequantized to the compute dtype, whichever that is
-    elif weight.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    if not adapters.quantized and not weight.dtype == dtype == autocast:  # a quantized one is made in any dtype
         return "autocast over weights of another dtype"
     if not HAS_TRITON:
         return "triton is not installed"

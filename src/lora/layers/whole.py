@@ -11,11 +11,10 @@ from ..bases import TO_SKIP, is_quantized
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
 from ..exact import How, MergedModule, Plain
-from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
 from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
-from .kind import Kind, Line, Part, hosts, register
+from .kind import Kind, Line, Part, check_called, hosts, register
 
 
 class Whole(nn.Module):
@@ -113,10 +112,6 @@ class WholeLayer(Kept):
         return self.lora.terms[-1].module(*args, **kwargs)
 
 
-class Exchanged(Plain):
-    """The host has the copy's values and the copy the host's."""
-
-
 @register
 class WholeAdapters(Kind):
     """The copies of one module, by adapter."""
@@ -124,12 +119,8 @@ class WholeAdapters(Kind):
     layer = WholeLayer
     by_targets = False
     weight_is_seen = True
+    rests = FrozenLinear  # a quantized linear of which an adapter trains the bias
     terms: tuple[Whole, ...]
-
-    def __init__(self, host: nn.Module) -> None:
-        super().__init__(host)
-        if is_quantized(host):  # an adapter trains its bias
-            self.resting_layer = FrozenLinear
 
     def acts(self, host: nn.Module) -> None:
         covered = self.undo is None and any(self.covers(name) for name in self.active)
@@ -138,9 +129,7 @@ class WholeAdapters(Kind):
                 take_layer(module, InnerLayer if covered else None)
 
     @classmethod
-    def parts(
-        cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool
-    ) -> list[Part]:  # fmt: skip
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
         """A copy of each module to train whole, and of each with a bias to train that is no target.
 
         What the copies share stays shared: tied parameters are tied in the copies, and what does not train is the
@@ -189,7 +178,7 @@ class WholeAdapters(Kind):
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
-        self.undo = Exchanged()
+        self.undo = Plain()  # the host has the copy's values and the copy the host's
         refresh(host)
         return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
 
@@ -218,19 +207,17 @@ def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> 
         if not fits and not loading:
             raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
         for name in fits:
-            own = list(base_parameters(modules[name]))
-            whole[name] = tuple(n for n, _ in own)
+            own = dict(base_parameters(modules[name]))
+            whole[name] = tuple(own)
             quantized = any(is_quantized(module) for _, module in base_modules(modules[name]))
-            if quantized or any(not p.is_floating_point() for _, p in own):
+            if quantized or not all(p.is_floating_point() for p in own.values()):
                 raise LoraError(
                     f"train: {name!r} is quantized and cannot be trained whole; name it in targets, or load the model "
                     f"with it in {TO_SKIP}"
                 )
             if not own:
                 raise LoraError(f"train: {name!r}, a {type(modules[name]).__name__}, has no parameters to train")
-    for name in [n for n in whole if _inside(n, [other for other in whole if other != n])]:  # the outer copy has it
-        del whole[name]
-    return whole
+    return {n: own for n, own in whole.items() if not _inside(n, whole.keys() - {n})}  # an outer copy has the others
 
 
 def _inside(name: str, roots: Iterable[str]) -> bool:
