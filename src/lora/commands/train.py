@@ -77,7 +77,7 @@ def _flag(name: str) -> inspect.Parameter:
         choices = get_args(field.annotation)
     if choices:
         help_text = f"{help_text.removesuffix('.')}: {', '.join(choices)}."
-    if not is_bool and not field.is_required() and field.default not in (None, "") and field.default_factory is None:
+    if not is_bool and not field.is_required() and field.default not in (None, {}, []):
         help_text += f" [default: {field.default}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if is_bool else flag, help=help_text, show_default=False)
     return inspect.Parameter(
