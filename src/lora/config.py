@@ -23,16 +23,15 @@ def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
     return any(name == suffix or name.endswith("." + suffix) for suffix in pattern)
 
 
-def lookup(patterns: Mapping[str, Any], name: str) -> str | None:
-    """The first key of a rank or alpha pattern that fits the end of a module's full name (a regular expression)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+def lookup(patterns: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
+    """What a rank or alpha pattern has under the first key (a regular expression) that fits the end of a full name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def scaling(module: str, alpha: float, alpha_pattern: Mapping[str, float], r: int, rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) with rslora, for one module, by full name."""
-    key = lookup(alpha_pattern, module)
-    alpha = alpha if key is None else alpha_pattern[key]
-    return alpha / (math.sqrt(r) if rslora else r)
+    found: float = lookup(alpha_pattern, module, alpha)
+    return found / (math.sqrt(r) if rslora else r)
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class Setting:
     help: str  # the text of its flag in `lora train --help`
     check: Check
     peft: str  # its key in adapter_config.json
-    maths: int = (
-        0  # its place in the digest of what gives the tensors their meaning; 0 where it only tells how to train
-    )
+    maths: int = 0  # its place in the digest of what gives the tensors their meaning; 0 where it tells how to train
     choices: tuple[str, ...] = ()  # the values that it may have, where they are few
 
 
@@ -210,8 +207,7 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """The rank of the update of one module, by full name."""
-        key = lookup(self.rank_pattern, module)
-        return self.r if key is None else self.rank_pattern[key]
+        return int(lookup(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str) -> float:
         """The factor s of the update of one module, by full name."""
