@@ -9,7 +9,6 @@ from typing import Any
 
 from .errors import LoraError, near
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Check = Callable[[str, Any], Iterable[str]]
 """(label, value) -> what is wrong with the value"""
 
@@ -228,6 +227,6 @@ SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Lo
 
 def check_name(name: str) -> str:
     """An adapter's name is a part of keys and paths: letters, digits, _ and - only."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise LoraError(f"name: got {name!r}; an adapter's name has 1 to 64 letters, digits, '_' or '-', and no path")
     return name
