@@ -3,24 +3,21 @@
 import os
 import sys
 
+from .errors import LoraError
+
+_PARTS = ("typer", "click", "rich", "pydantic", "torch", "transformers", "accelerate", "datasets", "pyarrow", "yaml")
+
 
 def main() -> None:
     """Entry point of the `lora` script. Exit codes: 0 done, 1 a part is not installed, 2 a `LoraError`, 130 Ctrl-C."""
-    try:
-        from .commands import app
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "click", "rich", "pydantic"):
-            raise
-        print(f"lora: the command needs {error.name}; pip install 'lora-torch[train]'", file=sys.stderr)
-        sys.exit(1)
-    from .errors import LoraError
-
     debug = os.environ.get("LORA_DEBUG", "") not in ("", "0")
     if "--debug" in sys.argv[1:]:
         # Taken out here, so that it works before and after the command's name.
         sys.argv.remove("--debug")
         debug = True
     try:
+        from .commands import app
+
         app(prog_name="lora")
     except LoraError as error:
         if debug:
@@ -28,9 +25,9 @@ def main() -> None:
         _print_error(str(error))
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if debug or error.name not in ("torch", "transformers", "accelerate", "datasets", "yaml", "rich"):
+        if debug or error.name not in _PARTS:
             raise
-        _print_error(f"this command needs {error.name}; pip install 'lora-torch[train]'")
+        print(f"lora: the command needs {error.name}; pip install 'lora-torch[train]'", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         _print_error("interrupted")

@@ -9,9 +9,6 @@ from typing import Any
 
 from .errors import LoraError, near
 
-BIAS_MODES = ("none", "all", "lora_only")
-INITS = ("gaussian", "kaiming")
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Check = Callable[[str, Any], Iterable[str]]
 """(label, value) -> what is wrong with the value"""
 
@@ -25,35 +22,27 @@ def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
     return any(name == suffix or name.endswith("." + suffix) for suffix in pattern)
 
 
-def lookup(patterns: Mapping[str, Any], name: str) -> str | None:
-    """The first key of a rank or alpha pattern that fits the end of a module's full name (a regular expression)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+def lookup(patterns: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
+    """What a rank or alpha pattern has under the first key (a regular expression) that fits the end of a full name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def scaling(module: str, alpha: float, alpha_pattern: Mapping[str, float], r: int, rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) with rslora, for one module, by full name."""
-    key = lookup(alpha_pattern, module)
-    alpha = alpha if key is None else alpha_pattern[key]
-    return alpha / (math.sqrt(r) if rslora else r)
+    found: float = lookup(alpha_pattern, module, alpha)
+    return found / (math.sqrt(r) if rslora else r)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that is known of one field of `LoraConfig` beside its type and default.
+    """All that is known of one field of `LoraConfig` beside its type."""
 
-    Args:
-        help: the text of its flag in `lora train --help`.
-        check: what is wrong with a value.
-        peft: its key in adapter_config.json.
-        maths: its place in the digest of what gives the tensors their meaning; 0 where it only tells how to train.
-        choices: the values that it may have, where they are few.
-    """
-
-    help: str
+    default: Any
+    help: str  # the text of its flag in `lora train --help`
     check: Check
-    peft: str
-    maths: int = 0
-    choices: tuple[str, ...] = ()
+    peft: str  # its key in adapter_config.json
+    maths: int = 0  # its place in the digest of what gives the tensors their meaning; 0 where it tells how to train
+    choices: tuple[str, ...] = ()  # the values that it may have, where they are few
 
 
 def _setting(default: Any, help: str, check: Check | tuple[str, ...], peft: str, maths: int = 0) -> Any:
@@ -61,9 +50,8 @@ def _setting(default: Any, help: str, check: Check | tuple[str, ...], peft: str,
     choices = check if isinstance(check, tuple) else ()
     if isinstance(check, tuple):
         check = _unless(lambda value: value in choices, f"one of {', '.join(choices)}")
-    metadata = {"setting": Setting(help, check, peft, maths, choices)}
     start: Any = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
-    return field(**start, metadata=metadata)
+    return field(**start, metadata={"setting": Setting(default, help, check, peft, maths, choices)})
 
 
 def _unless(fits: Callable[[Any], bool], allowed: str) -> Check:
@@ -87,14 +75,9 @@ def _pattern(fits: Callable[[Any], bool], allowed: str) -> Check:
 
 
 def _bad_names(label: str, value: Any) -> Iterable[str]:
-    if value is None:
-        return
-    if isinstance(value, str):
-        if not value:
-            yield f"{label}: got ''; a regular expression, a list of module names, or None"
-        else:
-            yield from _bad_regex(label, value)
-    elif not _is_names(value) or not value:
+    if isinstance(value, str) and value:
+        yield from _bad_regex(label, value)
+    elif value is not None and not (_is_names(value) and value):
         yield f"{label}: got {value!r}; a list of module names such as ['q_proj', 'v_proj'], or a regular expression"
 
 
@@ -105,12 +88,12 @@ def _bad_regex(label: str, value: Any) -> Iterable[str]:
         yield f"{label}: got {value!r}, which is no regular expression ({error})"
 
 
-def _is_number(value: Any, low: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > low
+def _is_number(value: Any, low: float, kind: Any = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value > low
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_number(value, 0, int)
 
 
 def _is_names(value: Any) -> bool:
@@ -118,11 +101,8 @@ def _is_names(value: Any) -> bool:
 
 
 def _are_layers(value: Any) -> bool:
-    indices = [] if value is None else value if isinstance(value, list) else [value]
-    return value != [] and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices)
-
-
-_FLAG = _unless(lambda value: isinstance(value, bool), "True or False")
+    indices = value if isinstance(value, list) else [value]
+    return value is None or (value != [] and all(_is_number(index, -1, int) for index in indices))
 
 
 @dataclass(frozen=True)
@@ -155,8 +135,7 @@ class LoraConfig:
         _unless(_is_rank, "the rank is a whole number of at least 1, such as 8, 16 or 64"), peft="r", maths=1,
     )  # fmt: skip
     targets: str | list[str] | None = _setting(
-        None,
-        "Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression "
+        None, "Layers to adapt: all-linear, name suffixes (q_proj,v_proj), or a regular expression "
         "[default: the query and value projections].", _bad_names, peft="target_modules", maths=7,
     )  # fmt: skip
     alpha: float | None = _setting(
@@ -169,16 +148,17 @@ class LoraConfig:
         _unless(lambda p: _is_number(p, -1) and 0 <= p < 1, "a probability from 0 up to, but not including, 1"),
         peft="lora_dropout",
     )  # fmt: skip
-    bias: str = _setting("none", "Which biases are trained as well.", BIAS_MODES, peft="bias", maths=4)
+    bias: str = _setting(
+        "none", "Which biases are trained as well.", ("none", "all", "lora_only"), peft="bias", maths=4
+    )
     init: str = _setting(
-        "gaussian",
-        "How A starts; B starts at zero (of an embedding A does, and B is N(0, 1)).",
-        INITS,
-        peft="init_lora_weights",
-    )
+        "gaussian", "How A starts; B starts at zero (of an embedding A does, and B is N(0, 1)).",
+        ("gaussian", "kaiming"), peft="init_lora_weights",
+    )  # fmt: skip
     rslora: bool = _setting(
-        False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).", _FLAG, peft="use_rslora", maths=3
-    )
+        False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).",
+        _unless(lambda value: isinstance(value, bool), "True or False"), peft="use_rslora", maths=3,
+    )  # fmt: skip
     exclude: str | list[str] | None = _setting(
         None, "Layers to leave out: name suffixes, or a regular expression.", _bad_names, peft="exclude_modules"
     )
@@ -213,7 +193,7 @@ class LoraConfig:
         for name in ("targets", "exclude", "layers", "train"):  # tuples and sets are as good as lists
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
-                object.__setattr__(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+                object.__setattr__(self, name, list(value) if isinstance(value, tuple) else sorted(value))
         wrong = [text for name, setting in SETTINGS.items() for text in setting.check(name, getattr(self, name))]
         if None not in (self.dora, self.update) and self.dora != (self.update == "dora"):
             wrong.append(f"dora: got {self.dora!r} beside update={self.update!r}; leave one of the two out")
@@ -226,8 +206,7 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """The rank of the update of one module, by full name."""
-        key = lookup(self.rank_pattern, module)
-        return self.r if key is None else self.rank_pattern[key]
+        return int(lookup(self.rank_pattern, module, self.r))
 
     def scaling(self, module: str) -> float:
         """The factor s of the update of one module, by full name."""
@@ -248,6 +227,6 @@ SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Lo
 
 def check_name(name: str) -> str:
     """An adapter's name is a part of keys and paths: letters, digits, _ and - only."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise LoraError(f"name: got {name!r}; an adapter's name has 1 to 64 letters, digits, '_' or '-', and no path")
     return name

@@ -19,9 +19,8 @@ SMALLEST = 1 << 20  # bytes; less than this is not worth a copy
 class Parked:
     """One saved tensor in host memory, and the one that was saved before it, which will be wanted after it."""
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "Parked | None") -> None:
-        self.device, self.stream = tensor.device, stream
-        self.before = None if before is None else weakref.ref(before)
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream, before: "weakref.ref[Parked] | None") -> None:
+        self.device, self.stream, self.before = tensor.device, stream, before
         self.fetched: Tensor | None = None
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
@@ -56,7 +55,7 @@ class Offload:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # The hooks see the layer's inputs alone: what is saved inside it is checkpoint's own affair.
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with saved_tensors_hooks(self._pack, lambda saved: saved.get() if isinstance(saved, Parked) else saved):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Offload":
@@ -68,10 +67,6 @@ class Offload:
         stream = self.streams.get(tensor.device)
         if stream is None:
             stream = self.streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-        parked = Parked(tensor, stream, self.last() if self.last is not None else None)
+        parked = Parked(tensor, stream, self.last)
         self.last = weakref.ref(parked)
         return parked
-
-    @staticmethod
-    def _unpack(saved: Tensor | Parked) -> Tensor:
-        return saved.get() if isinstance(saved, Parked) else saved

@@ -1,5 +1,6 @@
 """prepare: what a large or quantized model needs before it is trained."""
 
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -53,33 +54,26 @@ def prepare(
         dtype = _dtype(module)
         if dtype != torch.float32:
             _cast(module, torch.float32)
-            module.register_forward_hook(CastOutput(dtype))
+            module.register_forward_hook(partial(_cast_output, dtype))
     for head in heads:
         assert head_dtype is not None
         _cast(head, head_dtype)
     return model
 
 
-class CastInput:
-    """Casts a module's input to its weight's dtype."""
+def _cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A hook that casts a module's input to its weight's dtype."""
+    dtype = _dtype(module)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        dtype = _dtype(module)
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        def cast(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
-class CastOutput:
-    """Casts a module's output back to the dtype that it had, which the layers after it compute in."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.to(self.dtype)
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """A hook that casts a module's output back to the dtype that it had, which the layers after it compute in."""
+    return output.to(dtype)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -93,14 +87,14 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
             for tensor in (*inner._parameters.values(), *inner._buffers.values()):
                 if tensor is not None and tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
-    if not any(isinstance(hook, CastInput) for hook in module._forward_pre_hooks.values()):
-        module.register_forward_pre_hook(CastInput(), with_kwargs=True)
+    if _cast_input not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_cast_input, with_kwargs=True)
 
 
 def prepared(root: nn.Module) -> str:
     """What of `prepare` is in force, in words; "" for nothing."""
     parts = []
-    functions = [_function(m) for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
+    functions = _checkpointers(root)
     if functions:
         offloads = any(isinstance(function, Offload) for function in functions)
         parts.append("checkpointing" + (" with its inputs in host memory" if offloads else ""))
@@ -110,15 +104,14 @@ def prepared(root: nn.Module) -> str:
         parts.append("norms in float32")
     for name in output_heads(root):
         head = root.get_submodule(name)
-        if any(isinstance(hook, CastInput) for hook in head._forward_pre_hooks.values()):
+        if _cast_input in head._forward_pre_hooks.values():
             parts.append(f"{name} in {str(_dtype(head))[6:]}")
     return ", ".join(parts)
 
 
 def _checkpoint(root: nn.Module, offload: bool) -> None:
     # The method has another name in older transformers 5.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable: Any = next((getattr(root, name) for name in names if getattr(root, name, None)), None)
+    enable: Any = getattr(root, "activation_checkpointing_enable", getattr(root, "gradient_checkpointing_enable", None))
     if enable is None or not getattr(root, "supports_gradient_checkpointing", True):
         raise LoraError(
             f"checkpointing: {type(root).__name__} does not know it; pass checkpointing=False, or wrap its layers in "
@@ -126,11 +119,10 @@ def _checkpoint(root: nn.Module, offload: bool) -> None:
         )
     if offload and not any(p.is_cuda for p in root.parameters()):
         raise LoraError("checkpointing: 'offload' moves inputs from a GPU to host memory, and no parameter is on one")
-    before = [m for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
-    reentrant = any(getattr(_function(m), "keywords", {}).get("use_reentrant", False) for m in before)
-    offloaded = any(isinstance(_function(m), Offload) for m in before)
-    if not before or offload or offloaded or reentrant:
-        # Not the reentrant kind: it would need an input with a gradient, and runs every layer's hooks twice.
+    before = _checkpointers(root)
+    # The reentrant kind would need an input with a gradient, and runs every layer's hooks twice.
+    replaced = [f for f in before if isinstance(f, Offload) or getattr(f, "keywords", {}).get("use_reentrant", False)]
+    if not before or offload or replaced:
         enable({"use_reentrant": False})
     if offload:
         function = Offload()
@@ -139,8 +131,10 @@ def _checkpoint(root: nn.Module, offload: bool) -> None:
                 module._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
-def _function(module: nn.Module) -> Any:
-    return getattr(module, "_gradient_checkpointing_func", None)
+def _checkpointers(root: nn.Module) -> list[Any]:
+    """What recomputes, of each module that has it do so."""
+    on = [m for _, m in base_modules(root) if getattr(m, "gradient_checkpointing", False) is True]
+    return [getattr(module, "_gradient_checkpointing_func", None) for module in on]
 
 
 def _norms(root: nn.Module) -> list[nn.Module]:

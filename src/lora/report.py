@@ -1,7 +1,7 @@
 """The summary: what a model carries, how much of it trains, and how it runs."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -39,18 +39,18 @@ class Summary:
     acting: list[str]
     merged: bool
     groups: int
-    prepared: str = ""
-    notes: list[str] = field(default_factory=list)
+    prepared: str
+    notes: list[str]
 
     @property
     def percent(self) -> float:
         return 100 * self.trainable / max(1, self.total)
 
     def __str__(self) -> str:
-        rows = []
-        for r in self.rows:
-            rank = "" if r.r is None else str(r.r)
-            rows.append([r.adapter, r.target, r.kind, size(r.shape), rank, r.runs, str(r.layers), f"{r.parameters:,}"])
+        rows = [
+            [r.adapter, r.target, r.kind, size(r.shape), str(r.r or ""), r.runs, str(r.layers), f"{r.parameters:,}"]
+            for r in self.rows
+        ]
         groups = f"; {self.groups} groups of linears share an input" if self.groups else ""
         state = f"acting: {', '.join(self.acting) or 'none'}{' (merged)' if self.merged else ''}"
         return (

@@ -38,32 +38,28 @@ def generate(
         raise LoraError("give either --prompt TEXT or --input FILE")
     if (input_file is None) != (output is None):
         raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
-    rows, prompts = _prompts(prompt, input_file, adapter)
 
-    from ..train.generation import generate as answer
+    from ..files.commit import replaced
+    from ..train import generation
+    from ..train.rows import read_rows
     from .console import clean_warnings
 
+    rows = read_rows(input_file, "input") if input_file is not None else []
+    prompts = generation.row_prompts(rows) if prompt is None else [generation.prompt_as_trained(prompt, adapter)]
     base, tokenizer = _load(model, adapter, dtype, quantize)
     with clean_warnings(), _progress(len(prompts)) as advance:
-        answers = answer(
+        answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
             seed=seed, on_batch=advance,
         )  # fmt: skip
     if output is None:
         typer.echo(answers[0])
     else:
-        _write(output, [{**row, "generated": text} for row, text in zip(rows, answers, strict=True)])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**r, "generated": a}, ensure_ascii=False) for r, a in zip(rows, answers, strict=True)]
+        with replaced(output) as file:
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         typer.echo(f"{len(answers)} answers: {output}")
-
-
-def _prompts(prompt: str | None, input_file: Path | None, adapter: Path | None) -> tuple[list[Any], list[Any]]:
-    from ..train.generation import prompt_as_trained, row_prompts
-    from ..train.rows import read_rows
-
-    if prompt is not None:
-        return [], [prompt_as_trained(prompt, adapter)]
-    rows = read_rows(str(input_file), "input")
-    return rows, row_prompts(rows)
 
 
 def _load(model: str, adapter: Path | None, dtype: str, quantize: str) -> tuple[Any, Any]:
@@ -95,11 +91,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=total == 1 or not console.is_terminal) as bar:
         task = bar.add_task("answering", total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from ..files.commit import replaced
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as file:
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

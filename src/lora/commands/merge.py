@@ -7,16 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import LoraError
 
-if TYPE_CHECKING:
-    from ..exact import MergeReport
-
-WORST = 5  # modules shown after a merge
+WORST = 5  # modules shown after a merge, those that kept least; a large model has hundreds
 MARK = "lora_merge.json"  # tells a folder of ours, which may be replaced, from anyone else's
 
 
@@ -42,6 +39,7 @@ def merge(
 
     import lora
 
+    from ..exact import MergeReport
     from ..train.base import load_base, load_tokenizer, pick_dtype
     from ..train.quiet import quiet
     from .console import clean_warnings
@@ -52,7 +50,9 @@ def merge(
         merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype), device="cpu")
         lora.load(merged, adapter)
         report = lora.merge(merged, unload=True)
-    typer.echo(_shown(report))
+    worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
+    rest = len(report.modules) - len(worst)
+    typer.echo(str(MergeReport(worst)) + (f"\nand {rest} modules that kept more" if rest else ""))
     with new_folder(out) as folder, quiet():
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -62,15 +62,6 @@ def merge(
         }  # fmt: skip
         (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"merged model: {out}")
-
-
-def _shown(report: "MergeReport") -> str:
-    """The report's table, of the modules that kept least; a large model has hundreds."""
-    from ..exact import MergeReport
-
-    worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
-    rest = len(report.modules) - len(worst)
-    return str(MergeReport(worst)) + (f"\nand {rest} modules that kept more" if rest else "")
 
 
 def _check_out(out: Path, sources: list[Path], force: bool) -> None:
@@ -98,14 +89,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        fresh.chmod(0o755)
+    with tempfile.TemporaryDirectory(".tmp", f".{out.name}.", out.parent, ignore_cleanup_errors=True) as beside:
+        fresh = Path(beside, out.name)
+        fresh.mkdir()
         yield fresh
         _take_place(fresh, out)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
 
 
 def _take_place(fresh: Path, out: Path) -> None:
@@ -120,15 +108,11 @@ def _take_place(fresh: Path, out: Path) -> None:
     except BaseException:
         os.rename(aside, out)
         raise
-    if {file.name for file in aside.iterdir()} <= _files_of_merge(aside):
+    try:  # what the merge wrote there, by its own record
+        own = set(json.loads((aside / MARK).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    if {file.name for file in aside.iterdir()} <= own:
         shutil.rmtree(aside)
     else:
         typer.echo(f"what was in {out} is now in {aside}", err=True)
-
-
-def _files_of_merge(folder: Path) -> set[str]:
-    """What an earlier merge wrote there, by its own record; empty when it was none."""
-    try:
-        return set(json.loads((folder / MARK).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()

@@ -31,8 +31,7 @@ def train(
 
         lora train --model org/base --data rows.jsonl --out my-adapter
     """
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
-    plan = load_recipe(recipe, {name: _parsed(name, value) for name, value in given.items()})
+    plan = load_recipe(recipe, {name: _parsed(name, value) for name, value in flags.items() if value is not None})
 
     from ..train.quiet import quiet
     from .console import clean_warnings, stderr
@@ -70,26 +69,21 @@ def _flag(name: str) -> inspect.Parameter:
     """The flag of a recipe field: its type, its description as help, and None (not given) as default."""
     field = Recipe.model_fields[name]
     flag = "--" + name.replace("_", "-")
-    is_bool = field.annotation is bool
+    kinds = _kinds(field.annotation)
     help_text = field.description or ""
     choices = SETTINGS[name].choices if name in SETTINGS else ()
     if get_origin(field.annotation) is Literal:
         choices = get_args(field.annotation)
     if choices:
         help_text = f"{help_text.removesuffix('.')}: {', '.join(choices)}."
-    if not is_bool and not field.is_required() and field.default not in (None, "") and field.default_factory is None:
+    is_bool = field.annotation is bool
+    if not is_bool and not field.is_required() and field.default not in (None, {}, []):
         help_text += f" [default: {field.default}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if is_bool else flag, help=help_text, show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None,
-        annotation=Annotated[_flag_type(field.annotation) | None, option],
-    )  # fmt: skip
-
-
-def _flag_type(annotation: Any) -> type:
-    """What a flag's text is parsed as; choices, lists and patterns stay text, for the recipe to judge."""
-    kinds = _kinds(annotation)
-    return next((kind for kind in (bool, int, float) if kind in kinds and not kinds & {list, dict}), str)
+    # Choices, lists and patterns stay text, for the recipe to judge.
+    kind = next((kind for kind in (bool, int, float) if kind in kinds and not kinds & {list, dict}), str)
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -98,10 +92,8 @@ def _kinds(annotation: Any) -> set[Any]:
     return {get_origin(option) or option for option in options}
 
 
-def _signature() -> inspect.Signature:
-    recipe, force, _ = inspect.signature(train).parameters.values()
-    return inspect.Signature([recipe, *map(_flag, Recipe.model_fields), force])
-
-
 # typer reads the signature; this one says the recipe's fields once, where they are defined.
-train.__signature__ = _signature()  # type: ignore[attr-defined]
+_recipe, _force, _ = inspect.signature(train).parameters.values()
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_recipe, *map(_flag, Recipe.model_fields), _force]
+)

@@ -40,13 +40,9 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
     if stored is not None or quantize != "none":
         place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         options["device_map"] = {"": place if device is None else device}
-    try:
-        with quiet(bars=_downloads(name)):
-            if stored is None and quantize != "none":
-                options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise LoraError(f"model: {name!r} could not be loaded: {_first_line(error)}") from error
+    if stored is None and quantize != "none":
+        options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype)
+    model = _read(AutoModelForCausalLM, name, dtype=dtype, **options)
     if kind is not None:
         kind.after_loading(model)
         if isinstance(dtype, torch.dtype):
@@ -63,7 +59,7 @@ def check_quantization(name: str, quantize: str) -> tuple[str | None, type[Froze
     known = loadable()
     if quantize != "none" and quantize not in known:
         raise LoraError(f"quantize is {quantize!r}; allowed: {', '.join(['none', *known])}")
-    settings: Any = getattr(_config(name), "quantization_config", None)
+    settings: Any = getattr(load_config(name), "quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         settings = settings.to_dict()
     stored, kind = (None, None) if settings is None else saved_as(settings)
@@ -83,28 +79,31 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises `LoraError` when there is none."""
     from transformers import AutoTokenizer
 
-    return _read(AutoTokenizer, name, "tokenizer", bars=_downloads(name))
+    return _read(AutoTokenizer, name, "the tokenizer of ")
 
 
-def max_positions(name: str) -> int | None:
-    """How many tokens the model takes, where its config says so. Raises `LoraError` when it has no readable config."""
-    most = getattr(_config(name).get_text_config(), "max_position_embeddings", None)
+def max_positions(config: Any) -> int | None:
+    """How many tokens a model takes, where its config says so."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     return most if isinstance(most, int) and most > 0 else None
 
 
-def _config(name: str) -> Any:
+def load_config(name: str) -> Any:
+    """The model's config. Raises `LoraError` when there is none."""
     from transformers import AutoConfig
 
-    return _read(AutoConfig, name, "config")
+    return _read(AutoConfig, name, "the config of ", bars=False)
 
 
-def _read(kind: Any, name: str, what: str, bars: bool = False) -> Any:
+def _read(kind: Any, name: str, what: str = "", bars: bool = True, **options: Any) -> Any:
+    """kind.from_pretrained(name). A download of gigabytes needs its bar; reading a folder does not."""
     _check_place(name)
     try:
-        with quiet(bars):
-            return kind.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LoraError(f"model: the {what} of {name!r} could not be loaded: {_first_line(error)}") from error
+        with quiet(bars=bars and not Path(name).is_dir()):
+            return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LoraError(f"model: {what}{name!r} could not be loaded: {first_line}") from error
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
@@ -129,12 +128,3 @@ def _check_place(name: str) -> None:
         raise LoraError(f"model: {name!r} is a file; give the model's folder or its name on the hub")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LoraError(f"model: there is no folder {name!r}; give a saved model's folder or a name on the hub")
-
-
-def _downloads(name: str) -> bool:
-    """A download of gigabytes needs its bar; reading a folder does not."""
-    return not Path(name).is_dir()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,11 +1,11 @@
 """Rows into token ids and labels: the loss falls on the answers, stop token included, and on nothing else."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypedDict
 
 from ..errors import LoraError
-from .formats import Example, Message, RowFormat, detect
+from .formats import Message, RowFormat, detect
 from .rows import Row
 from .template import PromptTemplate
 
@@ -31,21 +31,18 @@ class EncodedData:
     format: str
     max_length: int
     read: int
-    dropped: int = 0
-    longest: int = 0
-    cut: int = 0
-    split: int = 0
-    trained_tokens: int = field(init=False)
-    tokens: int = field(init=False)
+    dropped: int
+    longest: int
+    cut: int
+    split: int
 
-    def __post_init__(self) -> None:
-        self.tokens = sum(len(row["input_ids"]) for row in self.rows)
-        self.trained_tokens = sum(label != IGNORED for row in self.rows for label in row["labels"])
+    @property
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.rows):,} rows ({self.format}), {self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
-        ]
+        trained = sum(label != IGNORED for row in self.rows for label in row["labels"])
+        lines = [f"{len(self.rows):,} rows ({self.format}), {self.tokens:,} tokens, {trained:,} of them trained"]
         if self.dropped:
             lines.append(
                 f"{self.dropped:,} of {self.read:,} rows are longer than max_length={self.max_length} and were "
@@ -71,26 +68,30 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
         LoraError: a row of another format, one that cannot be rendered, one without a trained token or whose stop
             token is not trained (the message names the rows), or no row that fits.
     """
-    known = _detect(rows[0], argument)
     encoded: list[Encoded] = []
-    faults: dict[str, list[int]] = {}
+    faults: dict[str, list[int]] = {}  # the rows, by what is wrong with them
     dropped = cut = split = longest = 0
+    try:
+        known = detect(rows[0])
+    except LoraError as error:
+        raise LoraError(f"{argument}: row 1: {error}") from error
     for number, row in enumerate(rows, 1):
         try:
-            pieces = list(_encode_row(row, known, template))
+            pieces = _encode_row(row, known, template)
         except LoraError as error:
             faults.setdefault(str(error), []).append(number)
             continue
+        lengths = [len(piece["input_ids"]) for piece in pieces]
         if known.name == "text":
-            cut += len(pieces[0]["input_ids"]) > max_length
-            encoded.extend(_cut(pieces[0], max_length))
+            cut += lengths[0] > max_length
+            encoded += _cut(pieces[0]["input_ids"], max_length)
             continue
         split += len(pieces) > 1
-        longest = max([longest, *(len(piece["input_ids"]) for piece in pieces)])
-        fitting = [piece for piece in pieces if len(piece["input_ids"]) <= max_length]
-        dropped += len(fitting) < len(pieces)
-        encoded.extend(fitting)
-    _raise_faults(faults, argument)
+        longest = max(longest, *lengths)
+        dropped += max(lengths) > max_length
+        encoded += [piece for piece, length in zip(pieces, lengths, strict=True) if length <= max_length]
+    if faults:
+        raise _faulty(faults, argument)
     if not encoded:
         raise LoraError(
             f"{argument}: every row is longer than max_length={max_length} (the longest has {longest} tokens); "
@@ -99,35 +100,30 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
     return EncodedData(encoded, known.name, max_length, len(rows), dropped, longest, cut, split)
 
 
-def _detect(row: Row, argument: str) -> RowFormat:
-    try:
-        return detect(row)
-    except LoraError as error:
-        raise LoraError(f"{argument}: row 1: {error}") from error
-
-
-def _raise_faults(faults: dict[str, list[int]], argument: str) -> None:
-    """`faults`: the rows, by what is wrong with them."""
-    if not faults:
-        return
-    lines = []
-    for fault, numbers in faults.items():
+def _faulty(faults: dict[str, list[int]], argument: str) -> LoraError:
+    lines = [f"{argument}: {sum(map(len, faults.values()))} row(s) cannot be trained on; correct or remove them"]
+    for fault, numbers in list(faults.items())[:5]:
         shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         lines.append(f"  - row{'s' if len(numbers) > 1 else ''} {shown}: {fault}")
-    more = f"\n  - and {len(lines) - 5} other faults" if len(lines) > 5 else ""
-    head = f"{argument}: {sum(map(len, faults.values()))} row(s) cannot be trained on; correct or remove them"
-    raise LoraError("\n".join([head, *lines[:5]]) + more)
+    if len(faults) > 5:
+        lines.append(f"  - and {len(faults) - 5} other faults")
+    return LoraError("\n".join(lines))
 
 
-def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> Iterator[Encoded]:
+def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> list[Encoded]:
+    """Ids and labels of one row; several when its turns cannot share a row (see `EncodedData.split`)."""
     missing = [name for name in known.fields if name not in row]
     if missing:
         raise LoraError(f"lacks {', '.join(missing)}; the first row's format is {known.name}")
     example = known.read(row, True)
-    pieces = list(encode_example(example, template))
+    if example.messages:
+        pieces = _encode_turns(example.messages, template)
+    else:
+        ids = [*template.text_ids(example.text), template.text_stop_id]
+        pieces = [Encoded(input_ids=ids, labels=list(ids))]
     for piece in pieces:
         check_trained(piece, template.stop_id if example.messages else template.text_stop_id)
-    yield from pieces
+    return pieces
 
 
 def check_trained(row: Encoded, stop_id: int) -> None:
@@ -139,40 +135,17 @@ def check_trained(row: Encoded, stop_id: int) -> None:
         raise LoraError("its stop token is not trained, so the model would not learn to stop")
 
 
-def encode_example(example: Example, template: PromptTemplate) -> Iterator[Encoded]:
-    """Ids and labels of one example; several when its turns cannot share a row (see `EncodedData.split`)."""
-    if not example.messages:
-        ids = [*template.text_ids(example.text), template.text_stop_id]
-        yield Encoded(input_ids=ids, labels=list(ids))
-    elif not template.is_chat:
-        yield _encode_plain(example.messages, template)
-    else:
-        yield from _encode_chat(example.messages, template)
-
-
-def _encode_plain(messages: Sequence[Message], template: PromptTemplate) -> Encoded:
-    *before, answer = messages
-    prompt = template.prompt(before)
-    prompt_ids = template.prompt_ids(prompt)
-    answer_ids = (
-        [*template.continuation_ids(prompt, answer["content"]), template.stop_id] if answer["content"].strip() else []
-    )
-    return Encoded(input_ids=prompt_ids + answer_ids, labels=[IGNORED] * len(prompt_ids) + answer_ids)
-
-
-def _encode_chat(messages: Sequence[Message], template: PromptTemplate) -> Iterator[Encoded]:
+def _encode_turns(messages: Sequence[Message], template: PromptTemplate) -> list[Encoded]:
     """One row with every answer trained when the turns render the same at any length, else one row per answer."""
-    turns = []  # (the prompt as generation would see it, the answer with its stop token)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            turns.append(_prompt_and_answer(messages[: index + 1], template))
-    last_prompt, last_answer = turns[-1]
-    whole = last_prompt + last_answer
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not template.is_chat:  # the answer is the last turn, and the template refuses more than one before it
+        ends = [len(messages) - 1]
+    # The prompt as generation would see it, and the answer with its stop token.
+    turns = [_prompt_and_answer(messages[: end + 1], template) for end in ends]
+    whole = "".join(turns[-1])
     if all(whole.startswith(prompt + answer) for prompt, answer in turns):
-        yield _encode_spans(whole, turns, template)
-    else:
-        for prompt, answer in turns:
-            yield _encode_spans(prompt + answer, [(prompt, answer)], template)
+        return [_encode_spans(whole, turns, template)]
+    return [_encode_spans(prompt + answer, [(prompt, answer)], template) for prompt, answer in turns]
 
 
 def _prompt_and_answer(messages: Sequence[Message], template: PromptTemplate) -> tuple[str, str]:
@@ -218,8 +191,8 @@ def _encode_spans(whole: str, turns: Sequence[tuple[str, str]], template: Prompt
     return Encoded(input_ids=ids, labels=labels)
 
 
-def _cut(row: Encoded, max_length: int) -> Iterator[Encoded]:
-    for start in range(0, len(row["input_ids"]), max_length):
-        piece = slice(start, start + max_length)
-        if len(row["input_ids"][piece]) > 1:  # one token alone predicts nothing
-            yield Encoded(input_ids=row["input_ids"][piece], labels=row["labels"][piece])
+def _cut(ids: list[int], max_length: int) -> Iterator[Encoded]:
+    for start in range(0, len(ids), max_length):
+        piece = ids[start : start + max_length]
+        if len(piece) > 1:  # one token alone predicts nothing
+            yield Encoded(input_ids=piece, labels=list(piece))

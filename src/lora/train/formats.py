@@ -1,7 +1,8 @@
 """What a row means: the formats that people bring, read into one form."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 from ..errors import LoraError
@@ -38,16 +39,15 @@ _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "tool": "tool",
 }  # fmt: skip
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A way to write a row: the fields that name it, those that a prompt alone needs, and its reader."""
+    """A way to write a row: the fields that name it, of which a prompt needs the first alone, and its reader."""
 
     name: str
     fields: tuple[str, ...]
-    prompt_fields: tuple[str, ...]
     read: Callable[[Row, bool], Example]
 
 
@@ -58,8 +58,7 @@ def detect(row: Row, *, answers: bool = True) -> RowFormat:
         LoraError: the fields fit no format; the message lists all of them.
     """
     for known in FORMATS:
-        needed = known.fields if answers else known.prompt_fields
-        if all(field in row for field in needed):
+        if all(field in row for field in (known.fields if answers else known.fields[:1])):
             return known
     allowed = "; ".join(" + ".join(known.fields) for known in FORMATS)
     raise LoraError(f"the fields {', '.join(map(repr, row)) or '(none)'} fit no known format; allowed: {allowed}")
@@ -73,22 +72,13 @@ def typed_prompt(text: str, format_name: str | None = None) -> Example:
     return Example(messages=(Message(role="user", content=content),))
 
 
-def _read_messages(row: Row, answers: bool) -> Example:
-    return _conversation(row, "messages", "role", "content", {role: role for role in _ROLES}, answers)
-
-
-def _read_sharegpt(row: Row, answers: bool) -> Example:
-    turns = row["conversations"]
-    # Some sets carry {role, content} under sharegpt's field name.
-    if isinstance(turns, Sequence) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        return _conversation(row, "conversations", "role", "content", _SHAREGPT_ROLES, answers)
-    return _conversation(row, "conversations", "from", "value", _SHAREGPT_ROLES, answers)
-
-
-def _conversation(row: Row, field: str, role_key: str, text_key: str, roles: dict[str, str], answers: bool) -> Example:
+def _read_conversation(field: str, roles: dict[str, str], row: Row, answers: bool) -> Example:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         raise LoraError(f"{field} must be a list of at least one turn, got {turns!r:.80}")
+    role_key, text_key = ("role", "content") if field == "messages" else ("from", "value")
+    if isinstance(turns[0], dict) and "role" in turns[0]:  # under sharegpt's field name as well, in some sets
+        role_key, text_key = "role", "content"
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
@@ -109,22 +99,17 @@ def _conversation(row: Row, field: str, role_key: str, text_key: str, roles: dic
 def _read_alpaca(row: Row, answers: bool) -> Example:
     context = "" if row.get("input") is None else _text(row, "input")
     template = _ALPACA_WITH_INPUT if context.strip() else _ALPACA_NO_INPUT
-    prompt = template.format(instruction=_text(row, "instruction"), input=context)
-    return Example(messages=_turns(prompt, row, "output", answers))
+    return _turns(template.format(instruction=_text(row, "instruction"), input=context), "output", row, answers)
 
 
-def _pair(prompt_field: str, answer_field: str) -> RowFormat:
-    def read(row: Row, answers: bool) -> Example:
-        return Example(messages=_turns(_text(row, prompt_field), row, answer_field, answers))
-
-    return RowFormat(f"{prompt_field}/{answer_field}", (prompt_field, answer_field), (prompt_field,), read)
+def _read_pair(prompt_field: str, answer_field: str, row: Row, answers: bool) -> Example:
+    return _turns(_text(row, prompt_field), answer_field, row, answers)
 
 
-def _turns(prompt: str, row: Row, answer_field: str, answers: bool) -> tuple[Message, ...]:
+def _turns(prompt: str, answer_field: str, row: Row, answers: bool) -> Example:
     user = Message(role="user", content=prompt)
-    if not answers:
-        return (user,)
-    return (user, Message(role="assistant", content=_text(row, answer_field)))
+    answer = [Message(role="assistant", content=_text(row, answer_field))] if answers else []
+    return Example(messages=(user, *answer))
 
 
 def _read_text(row: Row, answers: bool) -> Example:
@@ -143,11 +128,12 @@ def _text(holder: dict[str, Any], field: str) -> str:
 
 # In order of preference: a row that carries several (Alpaca's sets repeat all as `text`) is the first that fits.
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("messages", ("messages",), ("messages",), _read_messages),
-    RowFormat("sharegpt", ("conversations",), ("conversations",), _read_sharegpt),
-    RowFormat("alpaca", ("instruction", "output"), ("instruction",), _read_alpaca),
-    _pair("prompt", "completion"),
-    _pair("context", "target"),
-    _pair("question", "answer"),
-    RowFormat("text", ("text",), ("text",), _read_text),
+    RowFormat("messages", ("messages",), partial(_read_conversation, "messages", _ROLES)),
+    RowFormat("sharegpt", ("conversations",), partial(_read_conversation, "conversations", _SHAREGPT_ROLES)),
+    RowFormat("alpaca", ("instruction", "output"), _read_alpaca),
+    *(
+        RowFormat(f"{prompt}/{answer}", (prompt, answer), partial(_read_pair, prompt, answer))
+        for prompt, answer in (("prompt", "completion"), ("context", "target"), ("question", "answer"))
+    ),
+    RowFormat("text", ("text",), _read_text),
 )

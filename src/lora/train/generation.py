@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import LoraError
+from .base import max_positions
 from .formats import Example, detect, typed_prompt
 from .quiet import quiet
 from .recipe import RUN_FILE
@@ -70,8 +72,7 @@ def generate(
     # Prompts of one length share a batch: less padding; the order is restored below.
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     answers = [""] * len(encoded)
-    with quiet():  # it remarks on sampling settings that a greedy run does not use
-        settings = _settings(template, model, max_new_tokens, temperature)
+    settings = _settings(template, model, max_new_tokens, temperature)
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -96,17 +97,18 @@ def _prompt_ids(prompt: str | Example, template: PromptTemplate) -> list[int]:
 
 
 def _check_lengths(encoded: Sequence[Sequence[int]], model: Any, max_new_tokens: int) -> None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = max_positions(model.config)
     for number, ids in enumerate(encoded, 1):
         if not ids:
             raise LoraError(f"prompt {number} is empty; give at least one token")
-        if isinstance(most, int) and most > 0 and len(ids) + max_new_tokens > most:
+        if most is not None and len(ids) + max_new_tokens > most:
             raise LoraError(
                 f"prompt {number} has {len(ids)} tokens, and max_new_tokens={max_new_tokens} more would pass the "
                 f"{most} that the model takes; shorten the prompt or lower max_new_tokens"
             )
 
 
+@quiet()  # it remarks on sampling settings that a greedy run does not use
 def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
@@ -115,27 +117,18 @@ def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, tempera
     # What is left unset here would be filled from the model's own generation_config (Qwen's has a repetition penalty),
     # and greedy would not mean the likeliest token.
     return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        eos_token_id=stops,
-        pad_token_id=stops[0] if pad is None else pad,
-    )
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, num_beams=1,
+        eos_token_id=stops, pad_token_id=stops[0] if pad is None else pad,
+    )  # fmt: skip
 
 
+@quiet()
 @torch.inference_mode()
 def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[int]], settings: Any) -> list[str]:
-    ids = padded(batch, settings.pad_token_id, left=True)
-    mask = padded([[1] * len(row) for row in batch], 0, left=True)
-    with quiet():
-        output: Tensor = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-        )
+    ids = padded(batch, settings.pad_token_id, left=True).to(model.device)
+    mask = padded([[1] * len(row) for row in batch], 0, left=True).to(model.device)
+    output: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     new = output[:, ids.shape[1] :].tolist()  # (rows, <= max_new_tokens)
     stops = set(settings.eos_token_id)
     # Cut here and not by skip_special_tokens alone: a stop token need not be marked special in its tokenizer.
@@ -145,6 +138,5 @@ def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[i
 
 def padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
     """(rows, longest), padded on the right, or on the left so that all rows end at one column."""
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, fill, strict=True)])
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, padding_side=side)

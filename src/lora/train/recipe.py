@@ -6,7 +6,6 @@ Nothing here imports torch.
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -33,20 +32,12 @@ class _Job(BaseModel):
     eval_data: str | None = Field(None, description="Held-out rows; their loss is measured after each epoch.")
 
 
-def _settings() -> dict[str, Any]:
-    """Each field of `LoraConfig` as pydantic takes it: (type, field)."""
-    hints = get_type_hints(LoraConfig)
-    found = {}
-    for each in fields(LoraConfig):
-        start = {"default_factory": each.default_factory} if each.default is MISSING else {"default": each.default}
-        found[each.name] = hints[each.name], Field(**start, description=SETTINGS[each.name].help)
-    return found
-
-
 if TYPE_CHECKING:
     _AdapterJob = _Job
-else:
-    _AdapterJob = create_model("_AdapterJob", __base__=_Job, **_settings())
+else:  # a field for each of `LoraConfig`
+    _TYPES = get_type_hints(LoraConfig)
+    _FIELDS = {name: (_TYPES[name], Field(s.default, description=s.help)) for name, s in SETTINGS.items()}
+    _AdapterJob = create_model("_AdapterJob", __base__=_Job, **_FIELDS)
 
 
 class Recipe(_AdapterJob):
@@ -123,7 +114,7 @@ class Recipe(_AdapterJob):
     @classmethod
     def of(cls, **fields: Any) -> "Recipe":
         """A validated recipe from keyword arguments. Raises `LoraError` that lists every mistake."""
-        return _validated(fields, "recipe")
+        return load_recipe(None, fields)
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back to an equal recipe; unset fields are left out."""
@@ -148,30 +139,26 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     for given, replaced in _EITHER + [pair[::-1] for pair in _EITHER]:
         if given in overrides and replaced not in overrides:
             fields.pop(replaced, None)
-    return _validated({**fields, **overrides}, str(path) if path is not None else "recipe")
+    fields |= overrides
+    if isinstance(fields.get("train"), str):  # what a YAML author writes for one module
+        fields["train"] = [fields["train"]]
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        mistakes: dict[str, str] = {}  # one a field: a union reports each of its alternatives
+        for each in error.errors():
+            field = str(each["loc"][0]) if each["loc"] else ""
+            mistakes.setdefault(field, _sentence(field, each))
+    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+    raise LoraError("\n  - ".join([f"{'recipe' if path is None else path}: {count}", *mistakes.values()]))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
-    if not path.is_file():
-        raise LoraError(f"recipe: there is no file {str(path)!r}; give a YAML or JSON file, or flags alone")
-    try:
-        text = path.read_text(encoding="utf-8")
-        # JSON indented with tabs is not YAML, so each suffix gets its own parser.
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_recipe_loader())
-    except (yaml.YAMLError, ValueError) as error:
-        raise LoraError(f"recipe {str(path)!r} is not valid YAML or JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LoraError(f"recipe {str(path)!r} holds {type(content).__name__}; it must be a mapping of field: value")
-    return {str(key): value for key, value in content.items()}
-
-
-def _recipe_loader() -> Any:
-    """PyYAML's safe loader that refuses a key given twice: the first value would be lost without a word."""
-    import yaml
-
     class Loader(yaml.SafeLoader):
+        """Refuses a key given twice: the first value would be lost without a word."""
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             for key in keys:
@@ -179,29 +166,17 @@ def _recipe_loader() -> Any:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
             return super().construct_mapping(node, deep)
 
-    return Loader
-
-
-def _validated(fields: Mapping[str, Any], source: str) -> Recipe:
-    # A bare string for a list field is what a YAML author writes for one module.
-    fields = {k: [v] if k == "train" and isinstance(v, str) else v for k, v in fields.items()}
+    if not path.is_file():
+        raise LoraError(f"recipe: there is no file {str(path)!r}; give a YAML or JSON file, or flags alone")
     try:
-        return Recipe.model_validate(fields)
-    except ValidationError as error:
-        mistakes = _merge_union_errors(error.errors())
-    lines = "\n".join(f"  - {mistake}" for mistake in mistakes)
-    count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    raise LoraError(f"{source}: {count}\n{lines}")
-
-
-def _merge_union_errors(errors: list[ErrorDetails]) -> list[str]:
-    """One sentence a field: a union field otherwise reports each of its alternatives."""
-    by_field: dict[str, str] = {}
-    for error in errors:
-        field = str(error["loc"][0]) if error["loc"] else ""
-        if field not in by_field or field == "":
-            by_field[field] = _sentence(field, error)
-    return list(by_field.values())
+        text = path.read_text(encoding="utf-8")
+        # JSON indented with tabs is not YAML, so each suffix gets its own parser.
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise LoraError(f"recipe {str(path)!r} is not valid YAML or JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoraError(f"recipe {str(path)!r} holds {type(content).__name__}; it must be a mapping of field: value")
+    return {str(key): value for key, value in content.items()}
 
 
 def _sentence(field: str, error: ErrorDetails) -> str:

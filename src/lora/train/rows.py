@@ -21,116 +21,109 @@ def read_rows(source: str | Path, argument: str = "data") -> list[Row]:
     Raises:
         LoraError: no such source, an unknown suffix, a row that is not a mapping, or no rows at all.
     """
-    path = Path(source)
-    if path.is_file():
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            raise LoraError(
-                f"{argument}: {str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names"
-            )
-        rows = reader(path, argument)
-    elif path.exists() or path.suffix.lower() in _READERS or str(source).startswith((".", "/", "~")):
-        kind = "is a folder" if path.is_dir() else "is not there"
-        raise LoraError(f"{argument}: {str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
-    else:
-        rows = _read_hub(str(source), argument)
-    if not rows:
-        raise LoraError(f"{argument}: {str(source)!r} holds no rows; give at least one")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise LoraError(
-                f"{argument}: row {number} of {str(source)!r} is {type(row).__name__}; "
-                "every row must be an object with named fields"
-            )
+    try:
+        rows = _read(source)
+        if not rows:
+            raise LoraError(f"{str(source)!r} holds no rows; give at least one")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise LoraError(
+                    f"row {number} of {str(source)!r} is {type(row).__name__}; "
+                    "every row must be an object with named fields"
+                )
+    except LoraError as error:
+        raise LoraError(f"{argument}: {error}") from error
     return rows
 
 
-def _read_text(path: Path, argument: str) -> str:
+def _read(source: str | Path) -> list[Row]:
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if path.is_file():
+        if suffix not in _READERS:
+            raise LoraError(f"{str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names")
+        return _READERS[suffix](path)
+    if path.exists() or suffix in _READERS or str(source).startswith((".", "/", "~")):
+        kind = "is a folder" if path.is_dir() else "is not there"
+        raise LoraError(f"{str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
+    return _read_hub(str(source))
+
+
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LoraError(f"{argument}: {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise LoraError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
-def _read_txt(path: Path, argument: str) -> list[Row]:
-    text = _read_text(path, argument)
+def _read_txt(path: Path) -> list[Row]:
+    text = _read_text(path)
     return [{"text": text}] if text.strip() else []
 
 
-def _read_jsonl(path: Path, argument: str) -> list[Row]:
+def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and the like unescaped.
-    for number, line in enumerate(_read_text(path, argument).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise LoraError(f"{argument}: line {number} of {str(path)!r} is not JSON: {error}") from error
+            raise LoraError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
     return rows
 
 
-def _read_json(path: Path, argument: str) -> list[Row]:
-    text = _read_text(path, argument)
+def _read_json(path: Path) -> list[Row]:
     try:
-        content = json.loads(text)
+        content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line under a .json name, as many published sets are
-            return _read_jsonl(path, argument)
-        raise LoraError(f"{argument}: {str(path)!r} is not JSON: {error}") from error
+            return _read_jsonl(path)
+        raise LoraError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(content, list):
-        raise LoraError(f"{argument}: {str(path)!r} holds {type(content).__name__}; it must be a list of rows")
+        raise LoraError(f"{str(path)!r} holds {type(content).__name__}; it must be a list of rows")
     return content
 
 
-def _read_csv(path: Path, argument: str) -> list[Row]:
+def _read_csv(path: Path) -> list[Row]:
     csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, short of a long document
-    text = _read_text(path, argument)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise LoraError(f"{argument}: {str(path)!r}, line {reader.line_num}: {error}") from error
+        raise LoraError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
     for number, row in enumerate(rows, 1):
         # DictReader files surplus cells under None and fills missing ones with None.
         if None in row or None in row.values():
             raise LoraError(
-                f"{argument}: row {number} of {str(path)!r} has not as many cells as the header "
+                f"row {number} of {str(path)!r} has not as many cells as the header "
                 f"({', '.join(reader.fieldnames or [])}); quote cells that hold commas"
             )
     return rows
 
 
-def _read_parquet(path: Path, argument: str) -> list[Row]:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise LoraError(f"{argument}: {str(path)!r} needs pyarrow; pip install pyarrow") from error
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
     try:
         return list(pq.read_table(path).to_pylist())
     except pa.ArrowException as error:
-        raise LoraError(f"{argument}: {str(path)!r} is not a readable parquet file: {error}") from error
+        raise LoraError(f"{str(path)!r} is not a readable parquet file: {error}") from error
 
 
-def _read_hub(source: str, argument: str) -> list[Row]:
-    try:
-        import datasets  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise LoraError(
-            f"{argument}: {source!r} is no file here, and a hub name needs datasets; pip install datasets"
-        ) from error
+def _read_hub(source: str) -> list[Row]:
+    import datasets  # type: ignore[import-untyped]
+
     name, _, split = source.partition(":")
     try:
-        found = datasets.load_dataset(name, split=split or "train")
+        return [dict(row) for row in datasets.load_dataset(name, split=split or "train")]
     except Exception as error:  # the hub client raises a dozen unrelated classes, from HTTP to ValueError
         raise LoraError(
-            f"{argument}: {source!r} is no file here, and loading it from the hub failed: {error}. "
+            f"{source!r} is no file here, and loading it from the hub failed: {error}. "
             "Check the spelling, the split (name:split) and the network"
         ) from error
-    return [dict(row) for row in found]
 
 
-_READERS: dict[str, Callable[[Path, str], list[Row]]] = {
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt,
 }  # fmt: skip

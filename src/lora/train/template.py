@@ -41,11 +41,10 @@ class PromptTemplate:
             return None
         probe = (Message(role="user", content=_PROBE_QUESTION), Message(role="assistant", content=_PROBE_ANSWER))
         tail = self.render(probe).rpartition(_PROBE_ANSWER)[2]
-        special = _special_tokens(self.tokenizer)
-        for token in self._tokenize(tail, special=False):
-            if token in special:
-                return str(special[token])
-        return None
+        added = self.tokenizer.added_tokens_decoder
+        special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        found = next((i for i in self._tokenize(tail, special=False) if i in special), None)
+        return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
     @property
     def stop_id(self) -> int:
@@ -66,25 +65,24 @@ class PromptTemplate:
         Raises:
             LoraError: without a chat template, anything but one user turn.
         """
-        if self.is_chat:
-            return self.render(messages, add_generation_prompt=True)
-        if [message["role"] for message in messages] != ["user"]:
+        roles = [message["role"] for message in messages]
+        if not self.is_chat and roles != ["user"]:
             raise LoraError(
-                f"the turns {'/'.join(m['role'] for m in messages)} need a chat template, and the tokenizer has none; "
+                f"the turns {'/'.join(roles)} need a chat template, and the tokenizer has none; "
                 "use a chat model, or rows with one prompt and one completion"
             )
-        return messages[0]["content"]
+        return self.render(messages, add_generation_prompt=True)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the tokenizer's chat template writes it. Raises `LoraError` when it refuses the turns."""
+        """The conversation as the chat template, if any, writes it. Raises `LoraError` when it refuses the turns."""
+        if not self.is_chat:
+            return "".join(message["content"] for message in messages)
         import jinja2
 
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            turns = [dict(message) for message in messages]
+            apply = self.tokenizer.apply_chat_template
+            return str(apply(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
         except jinja2.TemplateError as error:
             roles = "/".join(message["role"] for message in messages)
             raise LoraError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
@@ -123,12 +121,4 @@ def stop_ids(template: PromptTemplate, generation_config: Any = None) -> list[in
     """Every token that ends a generation: the trained stop token, and those that the model already stops at."""
     configured = getattr(generation_config, "eos_token_id", None)
     known: Iterable[int] = [configured] if isinstance(configured, int) else configured or []
-    eos = template.tokenizer.eos_token_id
-    return sorted({template.stop_id, *known, *([] if eos is None else [eos])})
-
-
-def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Special tokens by id: the named ones (eos, bos, ...) and those that were added as special."""
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {**named, **added}
+    return sorted({template.stop_id, template.text_stop_id, *known})

@@ -22,11 +22,10 @@ from ..files.commit import replaced
 from ..files.fingerprint import quantization
 from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
-from .base import check_quantization, load_base, load_tokenizer, max_positions, pick_dtype
+from .base import check_quantization, load_base, load_config, load_tokenizer, max_positions, pick_dtype
 from .encode import IGNORED, Encoded, EncodedData, encode_rows
 from .generation import padded
 from .needs import OPTIMIZERS, check_liger, check_needs
-from .progress import RunProgress
 from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
 from .rows import read_rows
@@ -34,7 +33,6 @@ from .template import PromptTemplate
 from .watch import NonFiniteError, StepWatch
 
 _LONGEST = 2048  # the default max_length of a model that could take more
-_AFTER_NAN = "Lower lr, lengthen the warm-up, or look for broken rows"
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -50,11 +48,11 @@ class Result:
     metrics: dict[str, float]
 
 
+@dataclass
 class PaddingCollator:
     """Rows (length,) into a batch (rows, longest), padded on the right; padding is masked and not trained."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    pad_id: int
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
@@ -65,10 +63,7 @@ class PaddingCollator:
 class LoraTrainer(Trainer):
     """transformers' Trainer that tells a `StepWatch` of every forward and backward pass."""
 
-    def __init__(self, *, watch: StepWatch, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.watch = watch
-        self.remove_callback(PrinterCallback)
+    watch: StepWatch
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         tokens = inputs["attention_mask"].sum()
@@ -107,16 +102,18 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
         console.print(f"eval_data: {held_out}", highlight=False)
     _check_warmup(recipe, len(data.rows))
     model = _adapted(recipe)
-    watch = StepWatch(window=recipe.log_every)
+    watch = StepWatch(console, recipe.log_every)
     try:
-        _train(recipe, model, template, data, held_out, watch, console)
+        _train(recipe, model, template, data, held_out, watch)
     except (NonFiniteError, KeyboardInterrupt) as error:
-        saved = watch.steps > 0 and _finite(model)
-        if saved:
+        kept = "Nothing was saved"
+        if watch.steps > 0 and _finite(model):
             _save(recipe, model, out, data, watch, stopped=str(error) or "interrupted")
+            kept = f"The adapter as it was after step {watch.steps} is in {str(out)!r}"
         if isinstance(error, NonFiniteError):
-            raise NonFiniteError(error.step, f"{error}. {_kept(out, watch.steps, saved)}. {_AFTER_NAN}") from error
-        console.print(_kept(out, watch.steps, saved), highlight=False)
+            advice = "Lower lr, lengthen the warm-up, or look for broken rows"
+            raise NonFiniteError(error.step, f"{error}. {kept}. {advice}") from error
+        console.print(kept, highlight=False)
         raise
     if not _finite(model):
         raise LoraError(f"the adapter holds NaN or infinity after step {watch.steps}, so it was not saved; lower lr")
@@ -132,7 +129,7 @@ def _check_out(out: Path, force: bool) -> Path:
 
 
 def _max_length(recipe: Recipe) -> int:
-    most = max_positions(recipe.model)
+    most = max_positions(load_config(recipe.model))
     if recipe.max_length is None:
         return min(most or _LONGEST, _LONGEST)
     if most is not None and recipe.max_length > most:
@@ -141,17 +138,13 @@ def _max_length(recipe: Recipe) -> int:
 
 
 def _check_warmup(recipe: Recipe, rows: int) -> None:
-    steps = recipe.max_steps or _steps(recipe, rows)
+    a_pass = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
+    steps = recipe.max_steps or math.ceil((recipe.epochs or 1) * a_pass)
     if recipe.warmup_steps is not None and recipe.warmup_steps >= steps:
         raise LoraError(
             f"warmup_steps is {recipe.warmup_steps}, but {rows} rows at batch_size {recipe.batch_size} make only "
             f"{steps} steps; lower warmup_steps or train longer"
         )
-
-
-def _steps(recipe: Recipe, rows: int) -> int:
-    a_pass = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
-    return math.ceil((recipe.epochs or 1) * a_pass)
 
 
 def _adapted(recipe: Recipe) -> Any:
@@ -166,29 +159,25 @@ def _adapted(recipe: Recipe) -> Any:
 
 def _train(
     recipe: Recipe, model: Any, template: PromptTemplate, data: EncodedData, held_out: EncodedData | None,
-    watch: StepWatch, console: Console,
+    watch: StepWatch,
 ) -> None:  # fmt: skip
-    progress = RunProgress(console, watch, recipe.log_every)
-    pad = template.tokenizer.pad_token_id
     use_cache = getattr(model.config, "use_cache", None)
     # Trainer makes its output folder even when it saves nothing there.
     with tempfile.TemporaryDirectory() as scratch, quiet():
         trainer = LoraTrainer(
-            watch=watch,
-            model=model,
-            args=_arguments(recipe, scratch, held_out is not None),
-            train_dataset=data.rows,
-            eval_dataset=held_out.rows if held_out else None,
+            model=model, args=_arguments(recipe, scratch, held_out is not None), callbacks=[watch],
+            train_dataset=data.rows, eval_dataset=held_out.rows if held_out else None,
             # The padding is masked, so its id does not matter; 0 is in every vocabulary.
-            data_collator=PaddingCollator(0 if pad is None else pad),
-            callbacks=[watch, progress],
-        )
+            data_collator=PaddingCollator(template.tokenizer.pad_token_id or 0),
+        )  # fmt: skip
+        trainer.watch = watch
+        trainer.remove_callback(PrinterCallback)
         # Trainer has moved the model to where it trains, so that the summary tells how it will run there.
-        console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
+        watch.console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
         try:
             trainer.train()
         finally:
-            progress.stop()
+            watch.stop()
             model.config.use_cache = use_cache  # Trainer turns the cache off for good
             model.eval()
 
@@ -215,10 +204,6 @@ def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArgument
 
 def _finite(model: Any) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
-
-
-def _kept(out: Path, steps: int, saved: bool) -> str:
-    return f"The adapter as it was after step {steps} is in {str(out)!r}" if saved else "Nothing was saved"
 
 
 def _save(

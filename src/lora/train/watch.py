@@ -3,9 +3,12 @@
 import math
 import time
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
@@ -21,23 +24,32 @@ class NonFiniteError(LoraError):
 
 
 class StepWatch(TrainerCallback):
-    """Stops the run before a non-finite step; keeps the counts and the recent losses.
+    """Stops the run before a non-finite step; keeps the counts and the recent losses, and shows them.
 
     Args:
-        window: over how many steps `recent_loss` is the mean.
+        console: where to write: a live bar on a terminal, a line every few steps elsewhere.
+        log_every: steps between two such lines, and over how many steps `recent_loss` is the mean.
     """
 
-    def __init__(self, window: int) -> None:
-        self.losses: deque[float] = deque(maxlen=window)
-        self.tokens = 0
-        self.steps = 0
+    def __init__(self, console: Console, log_every: int) -> None:
+        self.console, self.log_every = console, log_every
+        self.losses: deque[float] = deque(maxlen=log_every)
+        self.tokens = self.steps = 0
         self.eval_loss: float | None = None
         self._micro: list[tuple[Tensor, Tensor]] = []
         self._started = self._ended = 0.0
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), console=console, transient=True
+        )
 
     def add(self, loss: Tensor, tokens: Tensor) -> None:
         """One forward and backward pass: its share of the step's loss, and its tokens. No device sync."""
         self._micro.append((loss.detach().float(), tokens))
+
+    def stop(self) -> None:
+        """Takes the bar away; to be called however the run ended."""
+        if self.console.is_terminal:  # a bar that never started would print an empty line
+            self._bar.stop()
 
     @property
     def recent_loss(self) -> float:
@@ -53,6 +65,9 @@ class StepWatch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
+        self._task = self._bar.add_task("training", total=state.max_steps, line="first step")
+        if self.console.is_terminal:
+            self._bar.start()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._ended = time.perf_counter()
@@ -60,7 +75,7 @@ class StepWatch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model: torch.nn.Module = kwargs["model"]
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = torch.nn.utils.get_total_norm(gradients)
         losses, tokens = zip(*self._micro, strict=True)
         self._micro.clear()
         # One sync a step for all three.
@@ -74,5 +89,17 @@ class StepWatch(TrainerCallback):
         self.tokens += int(count)
         self.steps = step
 
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        left = timedelta(seconds=round(self.seconds / max(1, self.steps) * (state.max_steps - self.steps)))
+        line = (
+            f"step {self.steps}/{state.max_steps}  loss {self.recent_loss:.4f}  "
+            f"{self.tokens_per_second:,.0f} tokens/s  {left} left"
+        )
+        step = state.global_step
+        self._bar.update(self._task, completed=step, line=line)
+        if not self.console.is_terminal and (step % self.log_every == 0 or step in (1, state.max_steps)):
+            self.console.print(line, highlight=False)
+
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.eval_loss = float(kwargs["metrics"]["eval_loss"])
+        self.console.print(f"step {state.global_step}: eval loss {self.eval_loss:.4f}", highlight=False)
