@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..bases import TO_SKIP, is_quantized
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
-from ..exact import How, MergedModule, Plain
+from ..exact import How, MergedModule, Undo
 from .called import check_called
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
@@ -113,10 +113,6 @@ class WholeLayer(Kept):
         return self.lora.terms[-1].module(*args, **kwargs)
 
 
-class Exchanged(Plain):
-    """The host has the copy's values and the copy the host's."""
-
-
 @register
 class WholeAdapters(Kind):
     """The copies of one module, by adapter."""
@@ -189,7 +185,7 @@ class WholeAdapters(Kind):
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
-        self.undo = Exchanged()
+        self.undo = Undo()
         refresh(host)
         return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
 
