@@ -66,8 +66,7 @@ def merge_replaced(
     for rows in row_blocks(frozen.shape):
         delta[rows] = made.delta(rows, before[rows], torch.float32)
     total = before + delta
-    plain = nn.Linear if into is None else None
-    undo = Replaced(frozen.parameter, frozen.attributes(), into=into, merged_class=plain)
+    undo = Replaced(frozen.parameter, frozen.attributes(), into=into, merged_class=None if into else nn.Linear)
     bias = host._parameters.get("bias")
     new_bias = summed_bias(bias, updates)
     if new_bias is not None and into is None:
