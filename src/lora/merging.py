@@ -1,7 +1,6 @@
 """merge and unmerge: fold the update into W0 in fp32, round once, and give W0 back bit for bit."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,14 +13,9 @@ from .layers import Kind, base_modules, hosts
 from .layers.frozen import model_dtype
 from .resident import acting, drop, refuse_merged, resident, unwrap
 
-KEPT_FLOOR = 0.99
-"""A merge warns when less than this share of an update survives the rounding."""
-
-SURVIVED_FLOOR = 0.5
-"""A merge that quantizes again is refused when less than this share of an update survives."""
-
-Place = tuple[str, nn.Module, Kind]
-"""full name, host, its adapters"""
+KEPT_FLOOR = 0.99  # a merge warns where less than this share of an update survives the rounding
+SURVIVED_FLOOR = 0.5  # one that quantizes again is refused where less than this share does
+Place = tuple[str, nn.Module, Kind]  # full name, host, its adapters
 
 
 def merge(
@@ -50,15 +44,13 @@ def merge(
     """
     root = unwrap(model)
     refuse_merged(root)
-    names = acting(root)
+    names, there = acting(root), list(resident(root))
     if not names:
-        raise LoraError(
-            f"model: no adapter acts, so there is nothing to merge; it has {list(resident(root)) or 'none'}"
-        )
+        raise LoraError(f"model: no adapter acts, so there is nothing to merge; it has {there or 'none'}")
     known = into_names()
     if into is not None and into not in known:
         raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, known))}")
-    idle = [name for name in resident(root) if name not in names]
+    idle = [name for name in there if name not in names]
     if unload and idle:
         raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
     report = MergeReport(merge_acting(root, into))
@@ -96,22 +88,19 @@ def unmerge(model: nn.Module) -> None:
         LoraError: not merged, or a weight, A or B changed since the merge. The model is then as it was.
     """
     root = unwrap(model)
-    merged = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.undo is not None]
+    merged = [place for place in hosts(root) if place[2].undo is not None]
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")
-    into = merged_into(root)
-    _all_or_none(merged, How(into, model_dtype(root)), back=True)
+    _all_or_none(merged, How(merged_into(root), model_dtype(root)), back=True)
 
 
 def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
     """Merge what acts, whole or not at all; nothing at all may act."""
-    places = [(name, host, adapters) for name, host, adapters in hosts(root) if adapters.active]
+    places = [place for place in hosts(root) if place[2].active]
     if into is not None and not any(adapters.quantization for _, _, adapters in places):
         raise LoraError(f"into: got {into!r}, but no target is quantized; merge, save, and quantize what was saved")
-    _check_sharded(places)
-    for name, host, adapters in places:
-        adapters.check_merge(name, host, into)
-    _check_finite(places)
+    for place in places:
+        _check(*place, into)
     _check_shared(root, places)
     return _all_or_none(places, How(into, model_dtype(root)))
 
@@ -122,55 +111,40 @@ def merged_into(root: nn.Module) -> str | None:
     return next((undo.into for undo in undone if undo.into is not None), None)
 
 
-def _step(place: Place, how: How, back: bool) -> Any:
-    name, host, adapters = place
-    return (adapters.unmerge if back else adapters.merge)(name, host, how)
-
-
-def _all_or_none(places: Iterable[Place], how: How, back: bool = False) -> list[Any]:
-    """Merge at every place, or unmerge; where one fails, take the ones done back and raise."""
-    done: list[Place] = []
-    results = []
+def _all_or_none(places: list[Place], how: How, back: bool = False) -> list[Any]:
+    """Merge at every place, none of them merged, or unmerge, all of them merged; where one fails or is interrupted,
+    take the ones done back and raise."""
     try:
-        for place in places:
-            undo = place[2].undo
-            results.append(_step(place, how, back))
-            done.append(place)
+        return [(a.unmerge if back else a.merge)(name, host, how) for name, host, a in places]
     except BaseException:
-        if place[2].undo is not undo:  # it was done, and something after that failed
-            done.append(place)
         again = How(how.into, how.dtype)
-        for place in reversed(done):
-            _step(place, again, not back)
+        for name, host, adapters in reversed(places):
+            if (adapters.undo is None) == back:  # it was done
+                (adapters.merge if back else adapters.unmerge)(name, host, again)
         raise
-    return results
 
 
-def _check_sharded(places: Iterable[Place]) -> None:
-    """Refuse weights of which each process holds a part."""
-    for name, host, _ in places:
-        shards = [n for n, p in host.named_parameters() if hasattr(p, "full_tensor")]
-        if shards:
-            raise LoraError(
-                f"model: {shards[0]} of {name!r} is sharded over several processes (FSDP2), and a merge needs the "
-                "whole; load the base and the adapter in one process and merge there"
-            )
+def _check(name: str, host: nn.Module, adapters: Kind, into: str | None) -> None:
+    """Refuse a host of whose weight each process holds a part, or that or whose adapters cannot be merged."""
+    shards = [n for n, p in host.named_parameters() if hasattr(p, "full_tensor")]
+    if shards:
+        raise LoraError(
+            f"model: {shards[0]} of {name!r} is sharded over several processes (FSDP2), and a merge needs the "
+            "whole; load the base and the adapter in one process and merge there"
+        )
+    adapters.check_merge(name, host, into)
+    for adapter in adapters.active:
+        for parameter_name, parameter in adapters[adapter].named_parameters():
+            if parameter.is_meta:
+                raise LoraError(f"model: {name!r} is on the meta device and has no values; load them, then merge")
+            if not torch.isfinite(parameter).all():
+                raise LoraError(
+                    f"model: {parameter_name} of adapter {adapter!r} on {name!r} has NaN or infinity; nothing was "
+                    "merged. Train again from the last good adapter, or lora.remove this one"
+                )
 
 
-def _check_finite(places: Iterable[Place]) -> None:
-    for name, _, adapters in places:
-        for adapter in adapters.active:
-            for parameter_name, parameter in adapters[adapter].named_parameters():
-                if parameter.is_meta:
-                    raise LoraError(f"model: {name!r} is on the meta device and has no values; load them, then merge")
-                if not torch.isfinite(parameter).all():
-                    raise LoraError(
-                        f"model: {parameter_name} of adapter {adapter!r} on {name!r} has NaN or infinity; nothing was "
-                        "merged. Train again from the last good adapter, or lora.remove this one"
-                    )
-
-
-def _check_shared(root: nn.Module, places: Iterable[Place]) -> None:
+def _check_shared(root: nn.Module, places: list[Place]) -> None:
     """Refuse to write to weights that someone else would see change."""
     owners: dict[int, list[tuple[str, Tensor]]] = {}
     for name, module in base_modules(root):

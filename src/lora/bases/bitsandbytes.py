@@ -45,6 +45,13 @@ class BitsAndBytes(Quantized):
             "place would be saved wrong"
         )
 
+    def unquantized(self, what: str = "") -> LoraError:
+        """The error of a weight that still waits for its device; `what` it is, and "and"."""
+        return LoraError(
+            f"model: the weight of a {type(self.module).__name__} is {what}not quantized yet: bitsandbytes does that "
+            "when the module moves to its device; call model.to(device) first, or load it with from_pretrained"
+        )
+
     @classmethod
     def require(cls, why: str) -> None:
         require_bitsandbytes(why)
@@ -117,11 +124,8 @@ def _trainable(kind: type) -> type:
 
 def _reduce(quantizer: Any, protocol: Any) -> Any:
     # The class is made at run time, so pickle and deepcopy name the one that it is made of.
-    return _revive, (type(quantizer).__mro__[1], quantizer.__dict__)
+    return _revive, (type(quantizer).__mro__[1],), quantizer.__dict__
 
 
-def _revive(kind: Any, attributes: dict[str, Any]) -> Any:
-    quantizer = kind.__new__(kind)
-    quantizer.__dict__.update(attributes)
-    quantizer.__class__ = _trainable(kind)
-    return quantizer
+def _revive(kind: type) -> Any:
+    return object.__new__(_trainable(kind))

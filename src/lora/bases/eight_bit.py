@@ -87,11 +87,7 @@ class EightBit(BitsAndBytes):
                 "parameter in its place; run the model once before that, so that bitsandbytes moves them to the module"
             )
         if weight.is_meta or weight.dtype != torch.int8:
-            raise LoraError(
-                f"model: the weight of a {type(self.module).__name__} is {weight.dtype} and not quantized yet: "
-                "bitsandbytes does that when the module moves to its device; call model.to(device) first, or load it "
-                "with from_pretrained"
-            )
+            raise self.unquantized(f"{weight.dtype} and ")
         return [weight.detach(), scales], layout_text("int8", self.shape)
 
     def attributes(self) -> dict[str, Any]:

@@ -44,15 +44,11 @@ class FourBitLayout(Layout):
 
     @functools.cached_property
     def parts(self) -> list[tuple[int, torch.dtype | None]]:
-        rows, columns = self.shape
-        blocks = -(-rows * columns // self.block)
-        plain: list[tuple[int, torch.dtype | None]] = [
-            (-(-rows * columns // 2), None),
-            (blocks, torch.uint8 if self.nested else torch.float32),
-            (16, torch.float32),
-        ]
+        count = self.shape[0] * self.shape[1]
+        blocks = -(-count // self.block)
+        absmax = torch.uint8 if self.nested else torch.float32
         outer = (-(-blocks // self.nested), 256, 1) if self.nested else ()
-        return plain + [(n, torch.float32) for n in outer]
+        return [(-(-count // 2), None), (blocks, absmax), *((n, torch.float32) for n in (16, *outer))]
 
     def dense(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, absmax, code, *outer = parts
@@ -110,8 +106,7 @@ class FourBit(BitsAndBytes):
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._state().dtype
-        return dtype
+        return self._state().dtype  # type: ignore[no-any-return]
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return autocast_dtype(x) or self.module.compute_dtype or x.dtype
@@ -120,10 +115,7 @@ class FourBit(BitsAndBytes):
         # The parameter loses it when FSDP makes a new one of its data; the module has it still.
         state: Any = getattr(self.parameter, "quant_state", None) or self.module.quant_state
         if state is None or _plain(self.parameter).is_meta:
-            raise LoraError(
-                f"model: the weight of a {type(self.module).__name__} is not quantized yet: bitsandbytes does that "
-                "when the module moves to its device; call model.to(device) first, or load it with from_pretrained"
-            )
+            raise self.unquantized()
         if getattr(state, "packing_format_for_cpu", False):
             raise LoraError(
                 "model: bitsandbytes has repacked a 4-bit weight for inference on this CPU, which rounds its scales; "
@@ -157,17 +149,14 @@ class FourBit(BitsAndBytes):
         from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn.modules import Params4bit
 
-        old: Any = self.parameter
-        assert self.quantization is not None
-        packed, state = quantize_4bit(
-            values, blocksize=self._state().blocksize, compress_statistics=self._state().state2 is not None,
-            quant_type=self.quantization, quant_storage=old.dtype,
-        )  # fmt: skip
-        state.dtype = self.dtype
-        parameter = Params4bit(
-            packed, requires_grad=False, quant_state=state, blocksize=state.blocksize, bnb_quantized=True,
-            compress_statistics=state.state2 is not None, quant_type=self.quantization, quant_storage=old.dtype,
-        )  # fmt: skip
+        old = self._state()
+        options: dict[str, Any] = {
+            "blocksize": old.blocksize, "compress_statistics": old.state2 is not None,
+            "quant_type": self.quantization, "quant_storage": self.parameter.dtype,
+        }  # fmt: skip
+        packed, state = quantize_4bit(values, **options)
+        state.dtype = old.dtype
+        parameter = Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, **options)
         return parameter, {"quant_state": state}
 
     def install(self, parameter: Any, attributes: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..errors import listed
 from ..ops.dequantize import dequantize, element
 
+# The tensors that store a weight, and how: `str(ops.dequantize.Layout)`, or "" for a plain matrix.
 Stored = tuple[list[Tensor], str]
-"""The tensors that store a weight, and how: `str(ops.dequantize.Layout)`, or "" for a plain matrix."""
 
 
 class FrozenWeight(ABC):
@@ -99,8 +99,7 @@ class FrozenWeight(ABC):
 
     def own_forward(self, host: nn.Module, original: type[nn.Module], x: Tensor) -> Tensor:
         """That product; `original`: the host's class without adapters."""
-        y: Tensor = original.forward(host, x)
-        return y
+        return original.forward(host, x)  # type: ignore[no-any-return]
 
     # What a model with such weights needs of others: for every registered format, whether the model has one or not.
 
@@ -190,11 +189,6 @@ def unregister(kind: type[FrozenWeight]) -> None:
     _KINDS.remove(kind)
 
 
-def kinds() -> tuple[type[FrozenWeight], ...]:
-    """The formats, in the order in which they were registered."""
-    return tuple(_KINDS)
-
-
 def weight_kind(module_class: type[nn.Module], role: str = "linear") -> type[FrozenWeight] | None:
     """The format of the modules of a class, or None where no format of this role takes it."""
     return next((kind for kind in reversed(_KINDS) if kind.role == role and kind.plain_class(module_class)), None)
@@ -226,3 +220,37 @@ def supported() -> str:
     owners = [f"nn.{name}" for name in by_package.pop("torch", [])]
     owners += [f"{package}' {listed(names)}" for package, names in by_package.items()]
     return f"supported are {listed(owners)}"
+
+
+# What a whole model, and who trains, saves or loads it, is told.
+
+
+def allow_training(root: nn.Module, allowed: bool) -> None:
+    """Let others, such as transformers' Trainer, train a quantized model that carries adapters, or no longer."""
+    for kind in _KINDS:
+        kind.allow_training(root, allowed)
+
+
+def forget_quantization(root: nn.Module, names: list[str]) -> None:
+    """Make a model's config say which modules are no longer quantized, so that it is saved as it is."""
+    for kind in _KINDS:
+        kind.forget(root, names)
+
+
+def into_names() -> list[str]:
+    """The quantizations that a merge may be told to quantize its sum in again."""
+    return [name for kind in _KINDS if issubclass(kind, Quantized) for name in kind.into]
+
+
+def loadable() -> dict[str, type[FrozenWeight]]:
+    """The quantizations that a model can be loaded in, and their formats."""
+    return {name: kind for kind in _KINDS for name in kind.loads}
+
+
+def saved_as(settings: dict[str, Any]) -> tuple[str, type[FrozenWeight] | None]:
+    """The quantization that a saved model's `quantization_config` tells of, and its format, if one knows it."""
+    for kind in reversed(_KINDS):
+        name = kind.saved_as(settings)
+        if name is not None:
+            return name, kind
+    return str(settings.get("quant_method", "an unknown quantization")), None

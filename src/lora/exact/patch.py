@@ -60,20 +60,21 @@ class Patch:
 
 
 class Digest:
-    """A 64-bit checksum of a weight's bits, block by block, on any device."""
+    """A 64-bit checksum of tensors' bits, on any device."""
 
     def __init__(self) -> None:
         self.value = 0
 
-    def add(self, block: Tensor) -> None:
-        mixed = bits(block).flatten().to(torch.int64, copy=True)
-        mixed += torch.arange(1, mixed.numel() + 1, device=mixed.device) * 0x1E3779B97F4A7C15
-        # splitmix64's mixing (Steele et al., 2014), so that changes in two places do not cancel in the sum.
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-            mixed ^= mixed >> shift
-            mixed *= factor
-        mixed ^= mixed >> 31
-        self.value = (self.value * 0x100000001B3 + int(mixed.sum().item())) % (1 << 64)
+    def add(self, *tensors: Tensor) -> None:
+        for block in (b for t in tensors for b in torch.split(bits(t.detach()).flatten(), _BLOCK)):
+            mixed = block.to(torch.int64, copy=True)
+            mixed += torch.arange(1, mixed.numel() + 1, device=mixed.device) * 0x1E3779B97F4A7C15
+            # splitmix64's mixing (Steele et al., 2014), so that changes in two places do not cancel in the sum.
+            for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+                mixed ^= mixed >> shift
+                mixed *= factor
+            mixed ^= mixed >> 31
+            self.value = (self.value * 0x100000001B3 + int(mixed.sum().item())) % (1 << 64)
 
 
 def _pack(mask: Tensor) -> Tensor:

@@ -13,33 +13,24 @@ from torch import Tensor, nn
 from ..bases import FrozenWeight, Quantized
 from ..errors import LoraError, LoraWarning
 from ..ops import summed_bias
-from ..updates import Update, change
+from ..updates import Change, Update
 from .patch import Digest, row_blocks
 from .report import MergedModule, kept_and_noise, moments
-from .undo import How, changed, refuse_overflow
-
-BLOCK = 1 << 22  # elements of a checksum at a time
+from .undo import How, Undo, changed, refuse_overflow
 
 
 @dataclass
-class Replaced:
+class Replaced(Undo):
     """A quantized weight in whose place a merge put something else."""
 
     parameter: Any
     attributes: dict[str, Any]  # the module's, that belong to the parameter
-    into: str | None
     bias: Tensor | None = None  # the bias parameter, where the merge put another in its place
     digest: int = 0  # of what the merge wrote and what it was made from, in these dtypes
     dtypes: list[torch.dtype] = field(default_factory=list)
 
-    @property
-    def merged_class(self) -> type[nn.Module] | None:
-        """The module's class while merged; None for the one that it has at rest."""
-        return nn.Linear if self.into is None else None
-
     def leave(self, host: nn.Module) -> type[nn.Module]:
-        """Before its adapters go for good: make a host that was merged into 16 bits a plain linear, whose class this
-        is."""
+        """Before its adapters go for good: make a host that was merged into 16 bits a plain linear; its class."""
         for attribute in self.attributes:
             delattr(host, attribute)
         return nn.Linear
@@ -71,11 +62,11 @@ def merge_replaced(
     into, dtype = how.into, how.dtype or frozen.dtype
     before = frozen.dense(torch.float32)
     delta = torch.empty_like(before)
-    made = change(updates, [update.output_scale(frozen, torch.float64) for update in updates])
+    made = Change(updates, [update.output_scale(frozen, torch.float64) for update in updates])
     for rows in row_blocks(frozen.shape):
         delta[rows] = made.delta(rows, before[rows], torch.float32)
     total = before + delta
-    undo = Replaced(frozen.parameter, frozen.attributes(), into)
+    undo = Replaced(frozen.parameter, frozen.attributes(), into=into, merged_class=None if into else nn.Linear)
     bias = host._parameters.get("bias")
     new_bias = summed_bias(bias, updates)
     if new_bias is not None and into is None:
@@ -94,8 +85,9 @@ def merge_replaced(
             undo.bias = bias
             host._parameters["bias"] = nn.Parameter(new_bias.detach().clone(), requires_grad=False)
         kept, noise = kept_and_noise(moments(merged.float() - before, delta))
-        undo.dtypes = [t.dtype for t in _written(host, frozen, updates, undo)]
-        undo.digest = _digest(host, frozen, updates, undo)
+        written = _written(host, frozen, updates, into)
+        undo.dtypes = [t.dtype for t in written]
+        undo.digest = _digest(written, undo.dtypes)
     except BaseException:
         _put_back(host, frozen, undo)
         raise
@@ -108,8 +100,9 @@ def unmerge_replaced(
     """Give a host its quantized weight again. What was done to the merged layer is not thrown away: that is refused; of
     one that was cast, whose values cannot be known, it is said."""
     assert isinstance(frozen, Quantized)
-    if undo.digest != _digest(host, frozen, updates, undo):
-        if [t.dtype for t in _written(host, frozen, updates, undo)] == undo.dtypes:
+    written = _written(host, frozen, updates, undo.into)
+    if undo.digest != _digest(written, undo.dtypes):
+        if [t.dtype for t in written] == undo.dtypes:
             raise changed(name, frozen.parameter.dtype, None)
         warnings.warn(
             f"unmerge: {name!r} was cast while it was merged, so whether it also changed cannot be seen; its quantized "
@@ -130,17 +123,16 @@ def _put_back(host: nn.Module, frozen: Quantized, undo: Replaced) -> None:
         undo.bias.data = undo.bias.data.to(device)
 
 
-def _digest(host: nn.Module, frozen: Quantized, updates: tuple[Update, ...], undo: Replaced) -> int:
-    """A checksum of a merged host's weight and bias, and of A and B, in the dtypes that they had at the merge: nothing
-    of it may change before the unmerge."""
-    digest = Digest()
-    for tensor, dtype in zip(_written(host, frozen, updates, undo), undo.dtypes, strict=True):
-        for block in tensor.detach().to(dtype).reshape(-1).split(BLOCK):  # type: ignore[no-untyped-call]
-            digest.add(block)
-    return digest.value
-
-
-def _written(host: nn.Module, frozen: Quantized, updates: tuple[Update, ...], undo: Replaced) -> list[Tensor]:
-    weight = [host._parameters["weight"]] if undo.into is None else frozen.stored()[0]
+def _written(host: nn.Module, frozen: Quantized, updates: tuple[Update, ...], into: str | None) -> list[Tensor]:
+    """A merged host's weight and bias, and A and B: nothing of it may change before the unmerge."""
+    weight = [host._parameters["weight"]] if into is None else frozen.stored()[0]
     found = [*weight, host._parameters.get("bias"), *(p for update in updates for p in update.parameters())]
     return [tensor for tensor in found if tensor is not None]
+
+
+def _digest(written: list[Tensor], dtypes: list[torch.dtype]) -> int:
+    """The checksum of tensors in the dtypes that they had at the merge."""
+    digest = Digest()
+    for tensor, dtype in zip(written, dtypes, strict=True):
+        digest.add(tensor.detach().to(dtype))
+    return digest.value

@@ -1,7 +1,6 @@
 """What a merge is told, what it must remember, and the checks around it."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -9,29 +8,12 @@ from torch import nn
 from ..errors import LoraError
 
 
-class Undo(Protocol):
+@dataclass(kw_only=True)
+class Undo:
     """What one host needs to be unmerged. None in its place: the host is not merged."""
 
-    @property
-    def merged_class(self) -> type[nn.Module] | None:
-        """The host's class while merged; None for the one that it has at rest."""
-
-    @property
-    def into(self) -> str | None:
-        """What a quantized weight was quantized into again; None for anything else."""
-
-
-@dataclass
-class Plain:
-    """An undo that leaves the host's class alone."""
-
-    @property
-    def merged_class(self) -> None:
-        return None
-
-    @property
-    def into(self) -> None:
-        return None
+    merged_class: type[nn.Module] | None = None  # the host's while merged; None for the one that it has at rest
+    into: str | None = None  # what a quantized weight was quantized into again; None for anything else
 
 
 @dataclass

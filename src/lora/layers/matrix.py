@@ -12,7 +12,7 @@ from ..config import LoraConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
 from ..ops import scale_output
-from ..updates import Pair, Start, Update, change, update_named
+from ..updates import Change, Pair, Start, Update, update_named
 from .host import adapters_of, original_class, refresh
 from .kind import Kind, Line, Part, kind_of, supported
 
@@ -163,7 +163,7 @@ def apart(
     y: Tensor, terms: tuple[Update, ...], frozen: FrozenWeight, bias: Tensor | None = None
 ) -> tuple[Tensor, list[tuple[Update, Pair]]]:
     """The base's product y, which has the bias in it, under several updates, and the low-rank terms to add to it."""
-    made = change(terms, [term.output_scale(frozen) for term in terms])
+    made = Change(terms, [term.output_scale(frozen) for term in terms])
     pairs = [(term, pair) for term, its in zip(terms, made.pairs, strict=True) for pair in its]
     return y if made.scale is None else stretched(y, made.scale, bias), pairs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..bases import TO_SKIP, is_quantized
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
-from ..exact import How, MergedModule, Plain
+from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
 from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
@@ -178,7 +178,7 @@ class WholeAdapters(Kind):
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
-        self.undo = Plain()  # the host has the copy's values and the copy the host's
+        self.undo = Undo()  # the host has the copy's values and the copy the host's
         refresh(host)
         return MergedModule(name, tuple(first.shape), first.dtype, 1.0, 0.0)
 

@@ -6,7 +6,6 @@ from .update import Change as Change
 from .update import Pair as Pair
 from .update import Start as Start
 from .update import Update as Update
-from .update import change as change
 from .update import register as register
 from .update import unregister as unregister
 from .update import update_named as update_named

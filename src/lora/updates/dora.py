@@ -35,8 +35,7 @@ class DoRA(LowRank):
             )
         part = super().fresh(weight, start)
         if start.init is not None and not part.magnitude.is_meta:
-            with torch.no_grad():
-                part.magnitude.copy_(part.norms(weight))
+            part.magnitude = nn.Parameter(part.norms(weight))
         return part
 
     def tensors(self) -> dict[str, Tensor]:

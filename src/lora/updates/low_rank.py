@@ -42,28 +42,21 @@ class LowRank(Update):
         own = self._parameters  # quicker than attributes, in each forward pass
         return ((own["A"], own["B"], self.scaling),)  # type: ignore[return-value]
 
-    @property
-    def r(self) -> int:
-        return self.A.shape[0]
-
     def extra_repr(self) -> str:
         out_features, in_features = self.B.shape[0], self.A.shape[1]
         return f"in={in_features}, out={out_features}, r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
-@torch.no_grad()
 def init_(A: Tensor, B: Tensor, method: str, zero: str = "B") -> None:
     """Fill A (r, in) and B (out, r), one of them with zeros, so that a fresh update changes nothing.
 
     B at zero: A is "gaussian", N(0, 1/r) by standard deviation, or "kaiming", as nn.Linear starts its weight. A at
     zero, as loralib starts embeddings, so that a token that is never seen stays the base's own: B is N(0, 1).
     """
+    nn.init.zeros_(A if zero == "A" else B)
     if zero == "A":
-        nn.init.zeros_(A)
         nn.init.normal_(B)
-        return
-    nn.init.zeros_(B)
-    if method == "gaussian":
+    elif method == "gaussian":
         nn.init.normal_(A, std=1 / A.shape[0])
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))

@@ -3,7 +3,7 @@
     W = c * (W0 + sum of s B A)        A: (r, in)  B: (out, r)  W0: (out, in), frozen  c: (out,), a factor for each row
 
 A merge, the fused operator and the plain path read an update through `pairs` and `output_scale` alone; how the parts
-of several updates add up stands in `change`. A new update is a subclass and `register`; `LoraConfig.update` picks it.
+of several updates add up stands in `Change`. A new update is a subclass and `register`; `LoraConfig.update` picks it.
 """
 
 from collections.abc import Sequence
@@ -78,57 +78,45 @@ class Update(nn.Module):
         return sum(A.shape[0] for A, _, _ in self.pairs())
 
 
-class Change(NamedTuple):
-    """What updates make of W0 together: scale * W0 + sum of s B A.
-
-    scale: (out,), or None for 1. pairs: those of each update in turn, with its own scale within B.
-    """
-
-    scale: Tensor | None
-    pairs: list[list[Pair]]
-
-    def delta(self, rows: slice, old: Tensor, dtype: torch.dtype) -> Tensor:
-        """D[rows] (n, in), summed in float64 and rounded once to dtype, for which W0 + D is the changed weight.
-
-        Args:
-            old: W0[rows].
-        """
-        added = self._added(rows, old.device)
-        return (added if self.scale is None else added + old.double() * (self._scale(rows, old) - 1)).to(dtype)
-
-    def origin(self, rows: slice, merged: Tensor) -> Tensor:
-        """About W0[rows] from the merged rows, in their dtype: the inverse of the change but for rounding."""
-        added = self._added(rows, merged.device)
-        if self.scale is None:
-            # In fp32 as the merge itself, so that few places miss.
-            return (merged - added.to(torch.promote_types(merged.dtype, torch.float32))).to(merged.dtype)
-        scale = self._scale(rows, merged)
-        return ((merged.double() - added) / scale.masked_fill(scale == 0, 1)).to(merged.dtype)
-
-    def _added(self, rows: slice, device: torch.device) -> Tensor:
-        pairs = [(A.to(device), B.to(device), s) for pairs in self.pairs for A, B, s in pairs]
-        return low_rank_product(pairs, rows, torch.float64)
-
-    def _scale(self, rows: slice, like: Tensor) -> Tensor:
-        assert self.scale is not None
-        return self.scale[rows, None].to(like.device)
-
-
-def change(updates: Sequence[Update], scales: Sequence[Tensor | None]) -> Change:
-    """What updates make of W0 together: their changes add.
+class Change:
+    """What updates make of W0 together, scale * W0 + sum of s B A, since their changes add:
 
         sum of (c (W0 + U) - W0) + W0 = (1 + sum of (c - 1)) W0 + sum of c U        U = sum of s B A
+
+    scale: (out,), or None for 1. pairs: those of each update in turn, with its own scale within B.
 
     Args:
         scales: c (out,) of each update, or None, as `output_scale` gave it for this W0.
     """
-    total: Tensor | None = None
-    pairs = []
-    for update, c in zip(updates, scales, strict=True):
-        pairs.append([(A, B if c is None else B * c.to(B.device)[:, None], s) for A, B, s in update.pairs()])
-        if c is not None:
-            total = c if total is None else total + (c - 1)
-    return Change(total, pairs)
+
+    def __init__(self, updates: Sequence[Update], scales: Sequence[Tensor | None]) -> None:
+        self.scale: Tensor | None = None
+        self.pairs: list[list[Pair]] = []
+        for update, c in zip(updates, scales, strict=True):
+            self.pairs.append([(A, B if c is None else B * c.to(B.device)[:, None], s) for A, B, s in update.pairs()])
+            if c is not None:
+                self.scale = c if self.scale is None else self.scale + (c - 1)
+
+    def delta(self, rows: slice, old: Tensor, dtype: torch.dtype) -> Tensor:
+        """D[rows] (n, in) for `old`, W0[rows]: summed in float64 and rounded once to dtype; W0 + D is the sum."""
+        scale, added = self._at(rows, old.device)
+        return (added if scale is None else added + old.double() * (scale - 1)).to(dtype)
+
+    def origin(self, rows: slice, merged: Tensor) -> Tensor:
+        """About W0[rows] from the merged rows, in their dtype: the inverse of the change but for rounding. In float64,
+        where the last bits of the update depend on the order of summation, the merged rows again."""
+        if merged.dtype == torch.float64:
+            return merged.clone()
+        scale, added = self._at(rows, merged.device)
+        if scale is None:
+            return (merged - added.float()).to(merged.dtype)  # in fp32 as the merge itself, so that few places miss
+        return ((merged.double() - added) / scale.masked_fill(scale == 0, 1)).to(merged.dtype)
+
+    def _at(self, rows: slice, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """The scale (n, 1) or None, and the sum of s B A (n, in), float64, of some rows."""
+        pairs = [(A.to(device), B.to(device), s) for pairs in self.pairs for A, B, s in pairs]
+        scale = None if self.scale is None else self.scale[rows, None].to(device)
+        return scale, low_rank_product(pairs, rows, torch.float64)
 
 
 _UPDATES: dict[str, type[Update]] = {}
