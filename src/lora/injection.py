@@ -10,6 +10,7 @@ from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, base_modules, hosts
+from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
@@ -67,7 +68,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             stacklevel=3,
         )
     first = next(iter(others.values()), None)
-    before = first.trainable_before if first else frozenset(n for n, p in root.named_parameters() if p.requires_grad)
+    before = first.trainable_before if first else frozenset(n for n, p in base_parameters(root) if p.requires_grad)
     return Adapter(name, config, before, extra or {})
 
 

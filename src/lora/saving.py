@@ -17,7 +17,7 @@ from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import from_peft, task_type, to_peft
 from .injection import fresh_parts, install, new_adapter
 from .layers import Adapter, Kind, Part, base_modules, hosts
-from .resident import is_merged, named, resident, unwrap
+from .resident import is_merged, named, refuse_sharded, resident, unwrap
 from .targets import select
 from .updates import update_named
 
@@ -38,6 +38,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         LoraError: no such adapter, or tensors on the meta device.
     """
     root = unwrap(model)
+    refuse_sharded(model)
     names = named(root, name, "to save; call lora.inject(model, ...) first")
     if is_merged(root):
         with disabled(root):

@@ -15,7 +15,7 @@ from ..bases import FrozenWeight
 from ..config import LoraConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
-from .host import Adapters, adapters_of, base_modules
+from .host import Adapters, adapters_of, base_modules, submodule
 
 KindT = TypeVar("KindT", bound="Kind")
 
@@ -172,7 +172,7 @@ def supported() -> str:
 
 def check_called(model: nn.Module, argument: str, name: str) -> None:
     """Refuse a module whose parent reads its weight and never calls it: an adapter there would do nothing."""
-    parent = model.get_submodule(name.rpartition(".")[0])
+    parent = submodule(model, name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise LoraError(
             f"{argument}: {name!r} is inside nn.MultiheadAttention, which reads its weight and never calls it, so an "

@@ -13,7 +13,7 @@ from ..errors import LoraError, near
 from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
-from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
+from .host import LoraLayer, adapters_of, base_modules, plain_name, refresh, take_layer
 from .kind import Kind, Line, Part, check_called, hosts, register
 
 
@@ -152,13 +152,14 @@ class WholeAdapters(Kind):
 
     @classmethod
     def trained(cls, part: Whole) -> list[nn.Parameter]:
-        own = dict(part.module.named_parameters(remove_duplicate=False))
+        own = dict(base_parameters(part.module))
         return [own[name] for name in part.trained]
 
     @classmethod
     def tensors(cls, part: Whole) -> dict[str, Tensor]:
-        state = part.module.state_dict(keep_vars=True)
-        frozen = dict(part.module.named_parameters(remove_duplicate=False)).keys() - set(part.trained)
+        module = part.module
+        frozen = {plain_name(n) for n, _ in module.named_parameters(remove_duplicate=False)} - set(part.trained)
+        state = {plain_name(n): tensor for n, tensor in module.state_dict(keep_vars=True).items()}
         return {name: tensor for name, tensor in state.items() if name not in frozen}
 
     @classmethod
@@ -190,12 +191,13 @@ class WholeAdapters(Kind):
     def _exchange(self, host: nn.Module, how: How) -> Tensor:
         """Exchange the values of the base's tensors with those of the acting copy; tied ones only once."""
         copy = self.terms[-1].module
-        theirs = dict(host.named_parameters()) | dict(host.named_buffers())
-        own = [(n, t) for n, t in [*copy.named_parameters(), *copy.named_buffers()] if t is not theirs[n]]
-        for n, mine in own:
-            if id(mine) not in how.exchanged:
-                how.exchanged.add(id(mine))
-                mine.data, theirs[n].data = theirs[n].data, mine.data
+        theirs = {plain_name(n): t for n, t in [*host.named_parameters(), *host.named_buffers()]}
+        mine = {plain_name(n): t for n, t in [*copy.named_parameters(), *copy.named_buffers()]}
+        own = [(n, t) for n, t in mine.items() if t is not theirs[n]]
+        for n, tensor in own:
+            if id(tensor) not in how.exchanged:
+                how.exchanged.add(id(tensor))
+                tensor.data, theirs[n].data = theirs[n].data, tensor.data
         return own[0][1]
 
 
