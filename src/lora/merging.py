@@ -43,7 +43,7 @@ def merge(
         LoraWarning: a module kept less than 99 % of its update.
     """
     root = unwrap(model)
-    refuse_sharded(model)
+    refuse_sharded(model, writing=True)
     refuse_merged(root)
     names, there = acting(root), list(resident(root))
     if not names:
@@ -89,7 +89,7 @@ def unmerge(model: nn.Module) -> None:
         LoraError: not merged, or a weight, A or B changed since the merge. The model is then as it was.
     """
     root = unwrap(model)
-    refuse_sharded(model)
+    refuse_sharded(model, writing=True)
     merged = [place for place in hosts(root) if place[2].undo is not None]
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")

@@ -28,15 +28,17 @@ def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
     return root
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse to read parameters of which FSDP1 has put a slice in the place."""
+def refuse_sharded(model: nn.Module, writing: bool = False) -> None:
+    """Refuse to read parameters where FSDP1 has a slice of them, and to write to what it may not notice."""
     for module in model.modules():
         handle: Any = getattr(module, "_handle", None) if _is_fsdp1(module) else None
-        if handle is not None and handle.is_sharded(handle.flat_param):
-            raise LoraError(
-                "model: its parameters are sharded over several processes (FSDP1); call this within "
-                "FullyShardedDataParallel.summon_full_params(model), in every process"
+        if handle is not None and (writing or handle.is_sharded(handle.flat_param)):
+            instead = (
+                "load the base and the adapter in one process and merge there"
+                if writing
+                else ("call this within FullyShardedDataParallel.summon_full_params(model), in every process")
             )
+            raise LoraError(f"model: its parameters are sharded over several processes (FSDP1); {instead}")
 
 
 def _is_fsdp1(module: nn.Module) -> bool:

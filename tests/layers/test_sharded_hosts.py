@@ -252,6 +252,43 @@ def fsdp1_trains_biases(folder: Path) -> None:
     fsdp1({"bias": "all"})
 
 
+def inside_fsdp1(model: Net, everywhere: bool) -> nn.Module:
+    """Each of two modules in a wrapper of its own; `everywhere`: and the model around them."""
+    settings: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    model.block[0] = FullyShardedDataParallel(model.block[0], **settings)
+    model.head = FullyShardedDataParallel(model.head, **settings)
+    return FullyShardedDataParallel(model, **settings) if everywhere else model
+
+
+def fsdp1_inside(folder: Path, everywhere: bool) -> None:
+    twin = adapted(train=["norm"])
+    wrapped = inside_fsdp1(adapted(train=["norm"]), everywhere)
+    same_outputs(wrapped, twin)
+    for verb in (lora.summary, lambda model: lora.save(model, folder / "a", name="a")):
+        with pytest.raises(LoraError, match=r"sharded over several processes \(FSDP1\).*summon_full_params"):
+            verb(wrapped)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        lora.save(wrapped, folder / "a", name="a")
+        assert str(lora.summary(wrapped)) == str(lora.summary(twin))
+        with pytest.raises(LoraError, match=r"\(FSDP1\); load the base and the adapter in one process and merge"):
+            lora.merge(wrapped)
+    same_outputs(wrapped, twin)
+    lora.activate(twin, "a")
+    same_outputs(lora.load(Net(), folder / "a"), twin)  # plain names, and whole values
+    with pytest.raises(LoraError, match="FullyShardedDataParallel would not sync new parameters"):
+        lora.inject(wrapped, r=2, targets=["head"], name="late")
+
+
+@case
+def fsdp1_around_modules_inside_and_the_model_has_plain_names(folder: Path) -> None:
+    fsdp1_inside(folder, everywhere=True)
+
+
+@case
+def fsdp1_around_modules_inside_alone_has_plain_names(folder: Path) -> None:
+    fsdp1_inside(folder, everywhere=False)
+
+
 def _process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
