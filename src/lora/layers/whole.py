@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .kind import Kind, Line, Part, check_called, hosts, register
 
 class Whole(nn.Module):
     """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own."""
+
+    # transformers' save_pretrained writes tensors that share memory once, under the name that fits none of these.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"module": "module"}
 
     def __init__(self, module: nn.Module, trained: tuple[str, ...]) -> None:
         super().__init__()
