@@ -84,6 +84,7 @@ def load(
             "it on that"
         )
     parts = fresh_parts(root, targets, config, loading=True)
+    _part_tied(root, folder, parts, tensors)
     _fill(root, folder, parts, tensors)
     if check:
         names = {module: name for name, module in base_modules(root)}
@@ -122,6 +123,24 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter) -> None:
         base_name=getattr(root, "name_or_path", None), task_type=task_type(root),
     )  # fmt: skip
     write(folder, config, tensors, {BASE: fingerprint(weights)})
+
+
+def _part_tied(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:
+    """Untie those of the prepared tensors for which the file has different values: they were trained apart."""
+    names = {module: name for name, module in base_modules(root)}
+    first: dict[int, str] = {}
+    for host, kind, part in parts:
+        for name, tensor in kind.tensors(part).items():
+            key = f"{PREFIX}{names[host]}.{name}"
+            other = first.setdefault(id(tensor), key)
+            if key in tensors and other in tensors and not torch.equal(tensors[key], tensors[other]):
+                kind.untie(part, name)
+                warnings.warn(
+                    f"{folder}: {key} and {other} are tied in this model and were trained apart. The adapter keeps "
+                    "them apart; to merge it, load it on a base in which they are untied",
+                    LoraWarning,
+                    stacklevel=3,
+                )
 
 
 def _fill(root: nn.Module, folder: Path, parts: list[Part], tensors: dict[str, Tensor]) -> None:

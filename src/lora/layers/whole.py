@@ -13,12 +13,15 @@ from ..errors import LoraError, near
 from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
-from .host import LoraLayer, adapters_of, base_modules, plain_name, refresh, take_layer
+from .host import LoraLayer, adapters_of, base_modules, plain_name, refresh, submodule, take_layer
 from .kind import Kind, Line, Part, check_called, hosts, register
 
 
 class Whole(nn.Module):
-    """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own."""
+    """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own.
+
+    `untied`: of those, the ones whose like in the base is tied to another, from whose copy a file parts them.
+    """
 
     # transformers' save_pretrained writes tensors that share memory once, under the name that fits none of these.
     _tied_weights_keys: ClassVar[dict[str, str]] = {"module": "module"}
@@ -27,6 +30,7 @@ class Whole(nn.Module):
         super().__init__()
         self.module = module
         self.trained = trained
+        self.untied: tuple[str, ...] = ()
 
 
 def _by_name(depth: int = 2) -> bool:
@@ -166,6 +170,13 @@ class WholeAdapters(Kind):
         return {name: tensor for name, tensor in state.items() if name not in frozen}
 
     @classmethod
+    def untie(cls, part: Whole, key: str) -> None:
+        owner, _, leaf = key.rpartition(".")
+        inner = submodule(part.module, owner)
+        inner._parameters[leaf] = nn.Parameter(inner.get_parameter(leaf).detach().clone())
+        part.untied += (key,)
+
+    @classmethod
     def line(cls, part: Whole) -> Line:
         trained = cls.trained(part)
         return Line(tuple(trained[0].shape), None, sum(p.numel() for p in trained))
@@ -179,6 +190,10 @@ class WholeAdapters(Kind):
 
     def covers(self, adapter: str) -> bool:
         return any("." in trained for trained in self[adapter].trained)
+
+    def written(self, host: nn.Module) -> list[Tensor]:
+        base = dict(base_parameters(host))
+        return [base[key] for key in self.terms[-1].untied]  # the others' copies are tied as they are
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
