@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bases import allow_training
+from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, base_modules, hosts
@@ -80,6 +80,7 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
     parts = [part for kind in KINDS for part in kind.parts(root, targets, config, loading)]
     covered = {outer: a for outer, _, adapters in hosts(root) for a in adapters.records if adapters.covers(a)}
     mine = {part.host for part in parts}
+    _check_offloaded(root, mine)
     for name in [name for name, module in base_modules(root) if module in mine] if covered else ():
         for outer, adapter in covered.items():
             if name.startswith(f"{outer}."):
@@ -88,6 +89,18 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
                     "would never run beside it; leave it out, or lora.remove that adapter first"
                 )
     return parts
+
+
+def _check_offloaded(root: nn.Module, mine: set[nn.Module]) -> None:
+    """Refuse hosts in a module whose whole content accelerate brings by name, and would look for A and B there."""
+    for outer, module in base_modules(root):
+        if (hook := offload_of(module)) is not None and hook.place_submodules:
+            for name, inner in base_modules(module):
+                if inner in mine:
+                    raise LoraError(
+                        f"model: {name or 'itself'!r} is inside {outer!r}, which accelerate offloads as one and with "
+                        "it what is put in later; dispatch the model without preload_module_classes, then inject"
+                    )
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:

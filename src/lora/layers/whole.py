@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..bases import TO_SKIP, is_quantized
+from ..bases import TO_SKIP, is_quantized, offload_of
 from ..config import LoraConfig, matches
 from ..errors import LoraError, near
 from ..exact import How, MergedModule, Undo
@@ -250,6 +250,12 @@ def _check(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tup
     }
     for name, names in chosen.items():
         check_called(root, "train or bias='all'", name)
+        held = [m for _, m in base_modules(modules[name]) if offload_of(m)] if any("." in n for n in names) else []
+        if held or offload_of(modules[name]):
+            raise LoraError(
+                f"train or bias='all': {name!r} is offloaded by accelerate, so that a copy of it would have no values; "
+                "keep it on a device (device_map), or leave it out"
+            )
         if hasattr(modules[name], "lora") and adapters_of(modules[name]) is None:
             raise LoraError(f"train: {name!r} has an attribute `lora` that is not ours; rename it")
         for inner, _, adapters in hosts(modules[name]):
