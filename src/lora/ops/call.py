@@ -27,7 +27,7 @@ class Matrices:
         self.packed: list[Packed] = []
         start = 0
         for text in formats.split(";") if formats else ():
-            end = start + layout(text).tensors
+            end = start + len(layout(text).parts)
             self.packed.append(Packed(tensors[start:end], text))
             start = end
 
