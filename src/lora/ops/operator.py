@@ -55,15 +55,11 @@ def make_copies(
     for target, whole in zip(B, joined, strict=True):
         places += whole.split([b.shape[1] for b in target], 1)
     torch._foreach_copy_(places, flat_A + flat_B)  # one launch for all the casts
-    numbers = tuple(s for target in scalings for s in target)
-    return stacked, joined, _scales(tuple(ranks), numbers, stacked.device)
-
-
-def _scales(ranks: tuple[int, ...], numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    numbers = [s for target in scalings for s in target]
     if len(set(numbers)) == 1:
-        return torch.full((sum(ranks),), numbers[0], device=device, dtype=torch.float32)
-    parts = [torch.full((r,), s, device=device, dtype=torch.float32) for r, s in zip(ranks, numbers, strict=True)]
-    return torch.cat(parts)
+        return stacked, joined, stacked.new_full((sum(ranks),), numbers[0], dtype=torch.float32)
+    parts = [stacked.new_full((r,), s, dtype=torch.float32) for r, s in zip(ranks, numbers, strict=True)]
+    return stacked, joined, torch.cat(parts)
 
 
 def fused_linear(
