@@ -1,8 +1,4 @@
-"""What one call of several linears of one input computes with: a frozen value that every form of it takes.
-
-`reference.py` has the plain-torch form, `launch.py` the kernels', `autograd.py` and `operator.py` the gradients around
-both. Only the operator's schema has it flat.
-"""
+"""What one call of several linears of one input computes with: a frozen value, flat in the operator's schema alone."""
 
 import itertools
 from collections.abc import Sequence

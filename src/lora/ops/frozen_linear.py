@@ -54,15 +54,11 @@ class _Product(torch.autograd.Function):
         _, needs_x, needs_bias = ctx.needs_input_grad
         if needs_x:
             unchanged(ctx.weight.parts, ctx.versions)
-        return None, _dx(dy, ctx.weight) if needs_x else None, _bias_gradient(dy) if needs_bias else None
+        return None, _dx(dy, ctx.weight) if needs_x else None, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
 def _dx(dy: Tensor, weight: Packed) -> Tensor:
     return (dy.reshape(-1, dy.shape[-1]) @ weight.dense(dy.dtype)).view(*dy.shape[:-1], weight.form.shape[1])
-
-
-def _bias_gradient(dy: Tensor) -> Tensor:
-    return dy.sum(list(range(dy.dim() - 1)))
 
 
 # The operator, for calls that are traced.
@@ -75,16 +71,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, _, _, needs_bias = ctx.needs_input_grad
     dx = torch.ops.lora.frozen_linear_backward(dy, ctx.parts, ctx.format) if needs_x else None
-    return dx, [None] * len(ctx.parts), None, _bias_gradient(dy) if needs_bias else None
+    return dx, [None] * len(ctx.parts), None, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
 define(
     "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor",
     lambda x, parts, format, bias: linear(x, Packed(parts, format).dense(x.dtype), bias),
     lambda x, parts, format, bias: x.new_empty(*x.shape[:-1], layout(format).shape[0]),
-    _backward,
-    _setup_context,
-)
+    _backward, _setup_context,
+)  # fmt: skip
 define(
     "frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor",
     lambda dy, parts, format: _dx(dy, Packed(parts, format)),

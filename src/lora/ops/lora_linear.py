@@ -1,7 +1,4 @@
-"""The low-rank formula for one linear in operations that torch differentiates itself: what runs where nothing is fused.
-
-`reference.py` has it for several linears of one input, with its own backward pass. Here it is also as a matrix.
-"""
+"""The low-rank formula for one linear in operations that torch differentiates itself, and as a matrix."""
 
 import functools
 from collections.abc import Iterable, Sequence

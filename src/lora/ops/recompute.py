@@ -44,9 +44,7 @@ def remake(x: Tensor) -> Remake | None:
     place, which its node need not know; and under saved-tensor hooks (checkpointing, offload), now or when the node was
     made, where what it holds may be read only once.
     """
-    node: Any = x.grad_fn
-    if x.is_inference() or x._version:
-        return None
+    node: Any = None if x.is_inference() or x._version else x.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     if node is None or type(x) is not Tensor or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

@@ -122,14 +122,11 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 define(
-    "scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor",
-    _run,
-    lambda z, scale, bias: _contiguous(z),
+    "scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", _run, lambda z, scale, bias: _contiguous(z),
     lambda ctx, dy: _gradients(ctx, dy, torch.ops.lora.scale_output, torch.ops.lora.scale_output_backward),
     _setup_context,
-)
+)  # fmt: skip
 define(
-    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)",
-    _run_backward,
+    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", _run_backward,
     lambda dy, z, scale: (_contiguous(z), torch.empty_like(scale)),
-)
+)  # fmt: skip
