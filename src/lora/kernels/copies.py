@@ -1,4 +1,4 @@
-"""Inputs made for one reader: x under the mask, for more ranks than one block of a kernel holds; a product, made again."""
+"""Inputs made for one reader: x masked, for more ranks than one block of a kernel holds; a product, made again."""
 
 import torch
 import triton
