@@ -41,8 +41,7 @@ def row_norms(
 
 def _norms(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
     """The norms (n,) of W (n, in) with the update, in the dtype of P (R, in) and Q (n, R)."""
-    widened = None if W.dtype == P.dtype else P.dtype  # a CPU's sums of fp32 are better where no dtype is asked for
-    squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=widened).square_()
-    cross = W @ P.t() if widened is None else torch.mm(W, P.t().to(W.dtype), out_dtype=widened)
+    squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=P.dtype).square_()
+    cross = W @ P.t() if W.dtype == P.dtype else torch.mm(W, P.t().to(W.dtype), out_dtype=P.dtype)
     update = torch.addmm(cross, Q, P @ P.t(), beta=2).mul_(Q).sum(1)
     return squares.add_(update).clamp_(min=0).sqrt_()  # rounding may leave less than 0
