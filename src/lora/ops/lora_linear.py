@@ -1,8 +1,6 @@
-"""The low-rank formula for one linear in operations that torch differentiates itself: what runs where nothing is fused.
+"""The low-rank formula for one linear in operations that torch differentiates itself, and as a matrix."""
 
-`reference.py` has it for several linears of one input, with its own backward pass.
-"""
-
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
@@ -41,6 +39,16 @@ def add_updates_(y: Tensor, x: Tensor, updates: Iterable[Term]) -> Tensor:
         hidden = F.linear(dropped, as_dtype(A, x.dtype))  # (n, r)
         y = y.addmm_(as_dtype(hidden, y.dtype), as_dtype(B, y.dtype).t(), alpha=scaling)
     return y
+
+
+def low_rank_product(updates: Iterable[tuple[Tensor, Tensor, float]], rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of D = sum of s B A, (n, in) in `dtype`, from A (r, in), B (out, r) and s, for merging.
+
+    Summed in float64 and rounded once, so that merge and unmerge find the same bits again whatever the number of
+    threads or the device: the order of summation moves a float64 sum by far less than fp32 shows.
+    """
+    products = ((B[rows].double() @ A.double()).mul_(scaling) for A, B, scaling in updates)  # two at a time
+    return functools.reduce(Tensor.add_, products).to(dtype)
 
 
 def refuse_meta(A: Tensor, x: Tensor) -> None:
