@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from ..errors import LoraError
 
 Term = tuple[Tensor, Tensor, float, float]
 """A (r, in), B (out, r), scaling, dropout probability (0 outside training)."""
+BiasT = TypeVar("BiasT", Tensor, Tensor | None)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterable[Term]) -> Tensor:
@@ -60,18 +61,12 @@ def refuse_meta(A: Tensor, x: Tensor) -> None:
         )
 
 
-class Biased(Protocol):
-    """What may have a trained bias, (out,)."""
+def summed_bias(base: BiasT, terms: Sequence[Any]) -> BiasT:
+    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself.
 
-    bias: Tensor | None
-
-
-BiasT = TypeVar("BiasT", Tensor, Tensor | None)
-
-
-def summed_bias(base: BiasT, terms: Sequence[Biased]) -> BiasT:
-    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself."""
-    trained = [t.bias for t in terms if t.bias is not None]
+    terms: each has `bias`, (out,) or None.
+    """
+    trained: list[Tensor] = [t.bias for t in terms if t.bias is not None]
     if base is None or not trained:
         return base
     total = trained[0]
