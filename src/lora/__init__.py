@@ -34,8 +34,10 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 
 
-def load_on_use(package: str, home: dict[str, str], names: dict[str, Any]) -> Callable[[str], Any]:
-    """A package's `__getattr__`: `home` says in which of its modules a name is, `names` are its globals."""
+def load_on_use(
+    package: str, home: dict[str, str], names: dict[str, Any]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`: `home` says in which of its modules a name is, `names`: its globals."""
 
     def load(name: str) -> Any:
         if name not in home:
@@ -43,11 +45,7 @@ def load_on_use(package: str, home: dict[str, str], names: dict[str, Any]) -> Ca
         names[name] = value = getattr(import_module(f"{package}.{home[name]}"), name)
         return value
 
-    return load
+    return load, lambda: sorted(names["__all__"])
 
 
-__getattr__ = load_on_use(__name__, _HOME, globals())
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = load_on_use(__name__, _HOME, globals())

@@ -78,7 +78,8 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
     A part inside a module of which another adapter has a copy is refused: while the copy acts, nothing reaches it.
     """
     parts = [part for kind in KINDS for part in kind.parts(root, targets, config, loading)]
-    covered = {outer: a for outer, _, adapters in hosts(root) for a in adapters.records if adapters.covers(a)}
+    around = [(name, adapters) for name, host, adapters in hosts(root) if len(host._modules) > 1]  # not `lora` alone
+    covered = {name: a for name, adapters in around for a in adapters.records if adapters.covers(a)}
     mine = {part.host for part in parts}
     _check_offloaded(root, mine)
     for name in [name for name, module in base_modules(root) if module in mine] if covered else ():

@@ -54,7 +54,8 @@ class BitsAndBytes(Quantized):
 
     @classmethod
     def require(cls, why: str) -> None:
-        require_bitsandbytes(why)
+        if find_spec("bitsandbytes") is None:
+            raise LoraError(f"{why}, which needs bitsandbytes; pip install 'lora-torch[quant]'")
 
     @classmethod
     def allow_training(cls, root: nn.Module, allowed: bool) -> None:
@@ -91,12 +92,6 @@ class BitsAndBytes(Quantized):
         steps = [[type(step).__module__ for step in getattr(conversion, "operations", [])] for conversion in found]
         ours = [any(module.endswith(".bitsandbytes") for module in modules) for modules in steps]
         model._weight_conversions = [conversion for conversion, its in zip(found, ours, strict=True) if not its]
-
-
-def require_bitsandbytes(why: str) -> None:
-    """Raises `LoraError` where bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise LoraError(f"{why}, which needs bitsandbytes; pip install 'lora-torch[quant]'")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
