@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_gpt2, tiny_llama
@@ -172,6 +173,31 @@ def test_offloaded_inject_takes_whole_modules_that_are_not_offloaded(ids: Tensor
     assert torch.equal(model(ids).logits, plain(ids).logits)
     lora.save(model, tmp_path / "a")
     assert torch.equal(lora.load(tiny_llama(), tmp_path / "a")(ids).logits, plain(ids).logits)
+
+
+def test_offloaded_inject_by_a_device_map_of_from_pretrained(ids: Tensor, tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    names = [
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in range(3)),
+    ]
+    chosen = {name: "disk" if name == "model.layers.0" else "cpu" for name in names}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=chosen, offload_folder=str(tmp_path / "disk")
+    )
+    assert offloaded(model) and all(name.startswith("model.layers.0.") for name in offloaded(model))
+    for each in (plain, model):
+        torch.manual_seed(0)
+        randomize(lora.inject(each, r=4, targets="all-linear", train=["embed_tokens", "lm_head"]))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "again")  # what is offloaded is written as well
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert same_bits(snapshot(base), snapshot(tiny_llama(tie_word_embeddings=True)))
 
 
 def test_offloaded_inject_into_what_accelerate_offloads_as_one_is_refused(tmp_path: Path) -> None:
