@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 from .errors import LoraError, near
@@ -27,7 +28,12 @@ def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
 
 def lookup(patterns: Mapping[str, Any], name: str) -> str | None:
     """The first key of a rank or alpha pattern that fits the end of a module's full name (a regular expression)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+    return next((key for key in patterns if _ending(key).match(name)), None)
+
+
+@lru_cache(1 << 14)  # an adapter may have a pattern for each module, and re keeps 512
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def scaling(module: str, alpha: float, alpha_pattern: Mapping[str, float], r: int, rslora: bool) -> float:
