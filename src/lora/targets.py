@@ -1,7 +1,7 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
@@ -27,10 +27,14 @@ ATTENTION_NAMES = (
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 
-def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[str, nn.Module]:
+Choice = Callable[[list[str], list[str]], Collection[str]]
+"""(full names of all that can be adapted, of those that "all-linear" means) -> which of the first are meant"""
+
+
+def select(model: nn.Module, config: LoraConfig, choose: Choice | None = None) -> dict[str, nn.Module]:
     """The modules that the update goes to, by full name, in the model's order.
 
-    `loading`: the config comes from a file, where a name that fits nothing here does no harm: the tensors decide.
+    `choose`: in the place of the config, which comes from a file, where a name that fits nothing here does no harm.
 
     Raises:
         LoraError: a target, exclude, layer or pattern that fits nothing, or a target that is no linear map.
@@ -41,17 +45,22 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         raise LoraError(
             f"model: {type(model).__name__} has no module inside it to adapt; {supported()}{_any_other(modules)}"
         )
-    candidates = _matching(model, config, modules, kinds, loading)
+    if choose is None:
+        candidates = _matching(model, config, modules, kinds)
+    else:
+        found = choose(list(kinds), _all_linear(model, kinds))
+        candidates = [name for name in kinds if name in found]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {
         first_names[modules[name]]: modules[name]
         for name in candidates
-        if not matches(config.exclude, name) and _in_layers(config.layers, name) and not _within(config.train, name)
+        if choose
+        or (not matches(config.exclude, name) and _in_layers(config.layers, name) and not _within(config.train, name))
     }
     for name, module in chosen.items():
         check_called(model, "targets", name)
         kinds[name].check(model, name, module)
-    if loading:
+    if choose is not None:
         return chosen
     _check_skipped(model, config, modules, kinds)
     _check_filters(config, candidates, modules)
@@ -104,22 +113,21 @@ def _any_other(modules: dict[str, nn.Module]) -> str:
 
 
 def _matching(
-    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]], loading: bool
+    model: nn.Module, config: LoraConfig, modules: dict[str, nn.Module], kinds: dict[str, type[Kind]]
 ) -> list[str]:
     targets = config.targets
     if targets == "all-linear":
-        heads = output_heads(model)
-        return [name for name in _linears(kinds) if not _within(heads, name)]
+        return _all_linear(model, kinds)
     if isinstance(targets, str):
         found = [name for name in kinds if matches(targets, name)]
-        if not found and not loading:
+        if not found:
             raise LoraError(
                 f"targets: the regular expression {targets!r} fits no adaptable module's full name "
                 f"(it is matched against the whole{near(targets, kinds)}); a list, [{targets!r}], matches the ends"
                 f"{_any_other(modules)}"
             )
         return found
-    for target in [] if loading else targets or []:
+    for target in targets or []:
         fits = [name for name in modules if matches([target], name)]
         if not fits:
             raise LoraError(
@@ -136,8 +144,13 @@ def _matching(
 
 
 def _linears(kinds: dict[str, type[Kind]]) -> list[str]:
-    """What "all-linear" and the default mean."""
+    """What the default picks from, and "all-linear" but for the output head."""
     return [name for name, kind in kinds.items() if kind.all_linear]
+
+
+def _all_linear(model: nn.Module, kinds: dict[str, type[Kind]]) -> list[str]:
+    heads = output_heads(model)
+    return [name for name in _linears(kinds) if not _within(heads, name)]
 
 
 def output_heads(model: nn.Module) -> list[str]:
