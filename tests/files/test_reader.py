@@ -78,8 +78,13 @@ def swap(header: dict) -> None:
     header[one]["data_offsets"] = header[other]["data_offsets"]
 
 
+def without_config(folder: Path) -> None:
+    with_header(lambda header: None)(folder)
+    (folder / CONFIG).unlink()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "no config": lambda f: (f / CONFIG).unlink(),
+    "no config": without_config,
     "no JSON": lambda f: (f / CONFIG).write_text("{"),
     "no text": lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"),
     "deep JSON": lambda f: (f / CONFIG).write_text("[" * 100_000),
@@ -147,7 +152,9 @@ def test_what_safetensors_writes_the_header_reads(tmp_path: Path) -> None:
     tensors = {str(i): torch.zeros(2, 3).to(kind) for i, kind in enumerate(kinds)}
     tensors |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "x", {"format": "pt"})
-    entries, metadata = read_header(tmp_path / "x")
+    with (tmp_path / "x").open("rb") as source:
+        entries, metadata, raw = read_header(source, tmp_path / "x", (tmp_path / "x").stat().st_size)
+    assert (tmp_path / "x").read_bytes().startswith(raw)
     assert metadata == {"format": "pt"}
     assert {key: entry.shape for key, entry in entries.items()} == {k: tuple(t.shape) for k, t in tensors.items()}
     names = {key: entry.dtype for key, entry in entries.items()}
