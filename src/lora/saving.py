@@ -13,12 +13,13 @@ from .activation import disabled
 from .bases import FrozenWeight
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
-from .files.adapter import AdapterFile, reading, repair, write
+from .files.adapter import AdapterFile, reading
 from .files.bounded import clip
 from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, other_quantization, quantization
 from .files.fit import check_fit, few, misfit
 from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import check_cost, from_peft, meant, task_type, to_peft
+from .files.writing import repair, write
 from .injection import check_reached, fresh_parts, install, new_adapter
 from .layers import Adapter, Kind, Part, base_modules, hosts, kind_of
 from .resident import is_merged, named, resident, unwrap

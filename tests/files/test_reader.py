@@ -15,9 +15,10 @@ from torch import nn
 import lora
 from conftest import randomize
 from lora import LoraError
-from lora.files.adapter import read, write
+from lora.files.adapter import read
 from lora.files.description import describe
 from lora.files.header import read_header
+from lora.files.writing import write
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -78,13 +79,8 @@ def swap(header: dict) -> None:
     header[one]["data_offsets"] = header[other]["data_offsets"]
 
 
-def without_config(folder: Path) -> None:
-    with_header(lambda header: None)(folder)
-    (folder / CONFIG).unlink()
-
-
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "no config": without_config,
+    "no config": lambda f: (f / CONFIG).unlink(),
     "no JSON": lambda f: (f / CONFIG).write_text("{"),
     "no text": lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"),
     "deep JSON": lambda f: (f / CONFIG).write_text("[" * 100_000),

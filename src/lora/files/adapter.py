@@ -1,4 +1,4 @@
-"""An adapter's folder, `adapter_config.json` and `adapter_model.safetensors`: one reader, one writer.
+"""An adapter's folder, `adapter_config.json` and `adapter_model.safetensors`, read: one reader for all.
 
 The tensor file's header holds the settings too, so its rename is the commit of a save, and `adapter_config.json`
 follows. A reader that finds the file of before takes the settings of the header: `AdapterFile.torn`.
@@ -7,11 +7,9 @@ Reading needs no torch but for the tensors themselves.
 """
 
 import hashlib
-import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
@@ -20,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import LoraError
 from .bounded import clip, parse
-from .commit import locked, replaced_together, sweep
-from .header import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, Entry, header_bytes, read_header
+from .commit import told
+from .header import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, Entry, read_header
 from .settings import config_digest, config_of
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_DIGEST = "lora.config"  # of what gives the tensors their meaning
 SETTINGS = "lora.settings"  # the text of adapter_config.json
-REPLACES = "lora.replaces"  # the SHA-256 of the adapter_config.json that was there before
+REPLACES = "lora.replaces"  # the SHA-256 of the adapter_config.json that was there before, nothing for none
 LONGEST = 8 << 20  # of adapter_config.json, in bytes
 CHUNK = 1 << 20
 TRIES = 100
@@ -88,7 +86,7 @@ class AdapterFile:
 
         file = self.folder / TENSOR_FILE
         digest, found = self._digest(), {}
-        with _told(f"{file}: cannot be read"):
+        with told(f"{file}: cannot be read"):
             self.source.seek(len(self.header))
             for key, entry in self.entries.items():
                 if not entry.known:
@@ -144,7 +142,7 @@ def reading(folder: Path, use: Callable[[AdapterFile], T]) -> T:
 def _opened(folder: Path) -> tuple[BufferedReader, tuple[int, ...]]:
     """The tensor file, and what tells it from another that comes to its place."""
     file = folder / TENSOR_FILE
-    with _told(f"{folder}: cannot be read"):
+    with told(f"{folder}: cannot be read"):
         if file.is_file():
             source = file.open("rb")
             return source, _stamp_of(os.fstat(source.fileno()))
@@ -176,14 +174,16 @@ def _without_config(folder: Path) -> LoraError:
 def _read(folder: Path, source: BufferedReader, stamp: tuple[int, ...]) -> tuple[AdapterFile, bool]:
     """(what the folder holds, whether the settings are those that were saved with the tensors for certain)"""
     try:
-        with _told(f"{folder}: cannot be read"):
+        with told(f"{folder}: cannot be read"):
             raw = _config_bytes(folder)
             entries, metadata, header = read_header(source, folder / TENSOR_FILE, stamp[2])
         settings = metadata.pop(SETTINGS, None) if CHECKSUM in metadata else None
         replaces = metadata.pop(REPLACES, None) if settings is not None else None
         same = settings is not None and raw == settings.encode()
         # Edited by hand, it is neither the one that was saved nor the one that stood there before.
-        torn = settings if not same and (raw is None or hashlib.sha256(raw).hexdigest() == replaces) else None
+        torn = (
+            settings if not same and replaces == (hashlib.sha256(raw).hexdigest() if raw is not None else "") else None
+        )
         if torn is None and raw is None:
             raise _without_config(folder)
         config = _config(folder / CONFIG_FILE, torn.encode() if torn is not None else raw or b"")
@@ -217,81 +217,3 @@ def _config(file: Path, raw: bytes) -> dict[str, Any]:
         raise LoraError(f"{file}: peft_type is {clip(repr(config.get('peft_type')))}; this library reads 'LORA'")
     config_of(config, str(file))
     return config
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise LoraError(f"{what} ({error.strerror or error})") from error
-
-
-def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    """Write the tensors with the metadata, the settings and a checksum, which is the commit, then the config.
-
-    A config that has these settings already is left alone, and a link to a file is kept: what it leads to is replaced.
-    A copy of one tensor is in memory at a time.
-
-    Raises:
-        LoraError: the folder cannot be written to, which then holds what it held before.
-    """
-    text = json.dumps(config, indent=2) + "\n"
-    with _told(f"{folder}: the adapter could not be saved, and what is there is as it was"):
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [Path(os.path.realpath(folder / name)) for name in (TENSOR_FILE, CONFIG_FILE)]
-        for file in files:
-            if file.is_dir():
-                raise LoraError(f"{file}: is a folder, and a file of the adapter has to stand there; move it away")
-        with locked(files[0].parent) as alone:
-            for file in files if alone else ():
-                sweep(file, "tmp")
-            before = _digest_of(files[1])
-            header = {CONFIG_DIGEST: config_digest(config), SETTINGS: text, **({REPLACES: before} if before else {})}
-            same = before == hashlib.sha256(text.encode()).hexdigest()
-            with replaced_together(*files[: 1 if same else 2]) as (tensor_file, *config_file):
-                _write_tensors(tensor_file, tensors, {**metadata, **header})
-                for path in config_file:
-                    path.write_text(text, encoding="utf-8")
-            for file in files if alone else ():
-                sweep(file, "old")  # a save of an earlier version that was ended kept the old files so
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    import torch
-
-    # The order of safetensors' own writer, in which each tensor's place is a multiple of its elements' size.
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    kinds = {key: str(tensors[key].dtype).removeprefix("torch.") for key in order}
-    header = header_bytes({key: Entry(kinds[key], tuple(tensors[key].shape)) for key in order}, metadata)
-    digest = hashlib.sha256(header)
-    with file.open("wb") as opened:
-        opened.write(header)
-        for key in order:
-            # A copy: what is hashed is what is written, whoever trains on meanwhile.
-            values = tensors[key].detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy().data
-            opened.write(values)
-            digest.update(values)
-        opened.seek(header.index(BLANK.encode()))
-        opened.write(digest.hexdigest().encode())
-
-
-def _digest_of(file: Path) -> str | None:
-    digest = hashlib.sha256()
-    if not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def repair(file: AdapterFile) -> None:
-    """Give a torn pair its adapter_config.json, where the folder can be written to and nobody is saving into it."""
-    if file.torn is None:
-        return
-    config = Path(os.path.realpath(file.folder / CONFIG_FILE))
-    with suppress(OSError, LoraError), locked(Path(os.path.realpath(file.folder / TENSOR_FILE)).parent, wait=False):
-        if reading(file.folder, lambda now: now.torn) == file.torn:
-            with replaced_together(config) as (new,):
-                new.write_text(file.torn, encoding="utf-8")

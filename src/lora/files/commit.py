@@ -65,6 +65,15 @@ def replaced_together(*paths: Path) -> Iterator[list[Path]]:
 
 
 @contextmanager
+def told(what: str) -> Iterator[None]:
+    """An error of the operating system as ours: what could not be done, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise LoraError(f"{what} ({error.strerror or error})") from error
+
+
+@contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Keep other writers out of a folder. False: its filesystem or the system has no locks, and nobody is kept out.
 
