@@ -72,7 +72,7 @@ class AdapterFile:
         """Whether the checksum comes out; None where there is none. Reads the file once."""
         digest = self._digest()
         self.source.seek(len(self.header))
-        while chunk := self.source.read(CHUNK):
+        while CHECKSUM in self.metadata and (chunk := self.source.read(CHUNK)):
             digest.update(chunk)
         return self._comes_out(digest)
 

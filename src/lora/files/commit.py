@@ -44,8 +44,9 @@ def replaced_together(*paths: Path) -> Iterator[list[Path]]:
         yield temporary
         for new in temporary:
             sync(new)
-        for new, path in zip(temporary, paths, strict=True):
+        for new, path in zip(temporary, paths, strict=True):  # with nothing in between: others read both files
             os.replace(new, path)
+        for path in paths:
             sync_folder(path.parent)
     except BaseException as error:
         if not made or temporary[0].exists():
