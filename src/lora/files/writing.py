@@ -67,6 +67,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, "Tensor"], metadata: Mappin
             values = tensors[key].detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy().data
             opened.write(values)
             digest.update(values)
+            del values  # before the next one is copied
         opened.seek(header.index(BLANK.encode()))
         opened.write(digest.hexdigest().encode())
 
