@@ -106,9 +106,10 @@ def config_of(found: dict[str, Any], where: str) -> LoraConfig:
     for key, most in _MOST_NAMES.items():
         if isinstance(found.get(key), list) and len(found[key]) > most:
             raise LoraError(f"{where}: {key} has {len(found[key]):,} entries; {most:,} are allowed")
-    base = found.get("base_model_name_or_path")
-    if not isinstance(base, (str, type(None))):
-        raise LoraError(f"{where}: base_model_name_or_path is {clip(repr(base))}; a text or null is expected")
+    for key, longest in (("base_model_name_or_path", 4096), ("lora_update", 64)):
+        text = found.get(key)
+        if text is not None and not (isinstance(text, str) and len(text) <= longest):
+            raise LoraError(f"{where}: {key} is {clip(repr(text))}; null or a text of at most {longest} characters")
     _check_patterns(found, where)
     fields: dict[str, Any] = {"r": 8, "alpha": 8}  # what PEFT takes where a file says nothing
     fields |= {ours: found[theirs] for ours, theirs in _PEFT.items() if found.get(theirs) not in (None, [])}
@@ -215,15 +216,15 @@ def _target_modules(
         for layers in (config.layers, None):
             picks, leaves_out = selector(names), selector(config.exclude)
             found = [
-                m for m in modules if m and picks(m) and not leaves_out(m) and _peft_selects(names, layers, config, m)
+                m for m in modules if m and picks(m) and not leaves_out(m) and _peft_keeps(names, layers, config, m)
             ]
             if found and sorted(found) == sorted(targets):
                 return names, layers
     return sorted(targets), None
 
 
-def _peft_selects(names: str | list[str], layers: int | list[int] | None, config: LoraConfig, name: str) -> bool:
-    """Whether PEFT leaves a module in: as we do, but a layer's number counts only behind two parts of the name."""
+def _peft_keeps(names: str | list[str], layers: int | list[int] | None, config: LoraConfig, name: str) -> bool:
+    """Whether PEFT leaves a module in that the names pick: a layer's number counts only behind two parts of a name."""
     if any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", name) for entry in config.train):
         return False
     if layers is None:
