@@ -174,7 +174,7 @@ def _targets(root: nn.Module, file: AdapterFile, config: LoraConfig) -> tuple[di
 
     def choose(names: list[str], linear: list[str]) -> set[str]:
         nonlocal known
-        found, known = meant(config, names, linear, file.modules)
+        found, known = meant(config, names, linear, file.modules, bool(file.config.get("layers_pattern")))
         return found
 
     targets = select(root, config, choose)

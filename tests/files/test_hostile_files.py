@@ -286,20 +286,24 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        inner = [nn.ModuleDict({"w": nn.Linear(5, 5), "experts": nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])})]
-        inner += [nn.ModuleDict({"w": nn.Linear(5, 5), "experts": nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])})]
+
+        def layer() -> nn.ModuleDict:
+            experts = [nn.ModuleDict({"up": nn.Linear(5, 5)}) for _ in range(2)]
+            return nn.ModuleDict({"w": nn.Linear(5, 5), "experts": nn.ModuleList(experts)})
+
+        inner = [layer(), layer()]
         self.model = nn.ModuleDict({"layers": nn.ModuleList(inner)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.model["layers"]:
-            x = layer["experts"][1](layer["experts"][0](layer["w"](x)))
+            x = layer["experts"][1]["up"](layer["experts"][0]["up"](layer["w"](x)))
         return x
 
 
 @pytest.mark.parametrize("layers_pattern", [None, "layers", "experts"])
 def test_layers_of_a_nested_list_are_those_of_pefts_tensors(layers_pattern: str | None, tmp_path: Path) -> None:
     config = peft.LoraConfig(
-        r=2, target_modules=["w", "0", "1"], layers_to_transform=[1], layers_pattern=layers_pattern
+        r=2, target_modules=["w", "up"], layers_to_transform=[1], layers_pattern=layers_pattern
     )  # fmt: skip
     try:
         theirs = peft.get_peft_model(Nested(), config)
@@ -332,6 +336,7 @@ def test_json_out_of_bounds_is_refused() -> None:
         b"NaN",
         b"1e999",
         b"-Infinity",
+        b'{"a": 1, "a": 2}',
         b"1" * 41,
         b'"\\udc00"',
         b"\xff",

@@ -142,6 +142,18 @@ def test_untied_peft_file_on_a_tied_base_is_refused_by_both_names(tmp_path: Path
     )
 
 
+def test_a_tied_pair_needs_one_of_its_names_in_the_file(tmp_path: Path) -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    lora.inject(tied, r=2, targets=["q_proj"], train=["embed_tokens", "lm_head"])
+    lora.save(randomize(tied), tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    table = tensors["base_model.model.model.embed_tokens.weight"]
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
+    again = lora.load(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(again.lm_head.weight, table) and torch.equal(again.model.embed_tokens.weight, table)
+
+
 # Bytes
 
 

@@ -150,7 +150,7 @@ def check_cost(config: LoraConfig, names: Sequence[str], where: str) -> None:
 
 
 def meant(
-    config: LoraConfig, names: Sequence[str], linear: Collection[str], held: Collection[str]
+    config: LoraConfig, names: Sequence[str], linear: Collection[str], held: Collection[str], named_lists: bool
 ) -> tuple[set[str], LoraConfig]:
     """Which modules of a base hold an update by a file, and the settings that say so in bounded time.
 
@@ -161,6 +161,7 @@ def meant(
     Args:
         names: of all modules that can hold one. linear: of those that "all-linear" means.
         held: of those of which the file has tensors.
+        named_lists: whether the file says of which lists of modules the layers are (PEFT's layers_pattern).
     """
     slow = {
         label: isinstance(pattern, str) and not affordable([pattern], names)
@@ -178,7 +179,7 @@ def meant(
         if any(f".{entry}." in f".{name}." for entry in config.train):
             return False
         inside = {int(number) in layers for number in re.findall(r"\.(\d+)(?=\.)", f".{name}")} if layers else {True}
-        return name in held if slow["exclude"] or len(inside) == 2 else inside == {True}
+        return name in held if slow["exclude"] or len(inside) == 2 or (layers and named_lists) else inside == {True}
 
     found = {name for name in names if chosen(name)}
     return found, replace(config, targets=sorted(found), exclude=None) if any(slow.values()) and found else config
