@@ -59,7 +59,7 @@ def of_kills(name: str, found: Kills) -> tuple[str, dict[str, Any]]:
 
 
 def of_saves(place: Path, asked: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, found in kills(place, asked.kills, asked.step, asked.pairs, asked.seed).items():
+    for name, found in kills(place, asked.kills, asked.bytes, asked.pairs, asked.seed).items():
         yield of_kills(name, found)
     crowd = loads_against_saves(place, asked.loads)
     more = {"saves meanwhile": sum(crowd.saves.values()), "inspections": sum(crowd.inspections.values())}
@@ -69,10 +69,10 @@ def of_saves(place: Path, asked: argparse.Namespace) -> Iterator[tuple[str, dict
     crowd = killed_writers(place, 3, 0.5)
     yield "several writers, all killed", row(1, crowd.faults(), {}, crowd.examples)
     failures = {
-        "disk full: no file beyond n bytes": file_limit(place, 64 * asked.step),
-        "disk full: n pages free": full_disk(place, asked.step),
-        "each call fails: ENOSPC": failing_call(place, errno.ENOSPC, asked.step),
-        "each call fails: EIO": failing_call(place, errno.EIO, asked.step),
+        "disk full: no file beyond n bytes": file_limit(place, asked.bytes),
+        "disk full: n pages free": full_disk(place),
+        "each call fails: ENOSPC": failing_call(place, errno.ENOSPC),
+        "each call fails: EIO": failing_call(place, errno.EIO),
         **{f"place: {name}": in_place(place, name) for name in PLACES},
     }
     for name, found in failures.items():
@@ -86,10 +86,11 @@ def of_saves(place: Path, asked: argparse.Namespace) -> Iterator[tuple[str, dict
 def attack(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All attacks, by name."""
     torch.set_num_threads(1)
+    both = {"mutants": of_mutants, "saves": of_saves}
     with tempfile.TemporaryDirectory() as place:
         Path(place).chmod(0o755)  # some of the processes give up their rights
         found: dict[str, dict[str, Any]] = {}
-        for attacks in (of_mutants, of_saves):
+        for attacks in [both[asked.only]] if asked.only else both.values():
             for name, line in attacks(Path(place), asked):
                 found[name] = line
                 if not asked.quiet:
@@ -102,17 +103,14 @@ def in_words(faults: Mapping[str, int]) -> str:
 
 
 def table(figures: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        "| attack | before: tried | faults | now: tried | faults | PEFT's reader now |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, line in figures.items():
-        old = before.get(name)
-        was = ["", ""] if old is None else [f"{old['tried']:,}", in_words(old["faults"])]
-        peft = [f"{k.partition(': ')[2]} {n:,}" for k, n in line["more"].items() if k.startswith("PEFT's: ")]
-        lines.append(
-            "| " + " | ".join([name, *was, f"{line['tried']:,}", in_words(line["faults"]), ", ".join(peft)]) + " |"
-        )
+    lines = ["| attack | before: tried | faults | now: tried | faults | PEFT's reader now |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys([*before, *figures]):
+        cells = [name]
+        for line in (before.get(name), figures.get(name)):
+            cells += ["", ""] if line is None else [f"{line['tried']:,}", in_words(line["faults"])]
+        more = figures[name]["more"] if name in figures else {}
+        cells.append(", ".join(f"{k.partition(': ')[2]} {n:,}" for k, n in more.items() if k.startswith("PEFT's: ")))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -121,10 +119,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--mutants", type=int, default=200_000)
     parser.add_argument("--kills", type=int, default=1000, help="by the clock; those before each call come on top")
     parser.add_argument("--loads", type=int, default=10_000)
-    parser.add_argument(
-        "--step", type=int, default=1, help="of the calls and sizes at which a save is stopped, each n-th"
-    )
-    parser.add_argument("--pairs", type=int, default=1, help="as --step, of the pairs of calls at which two saves are")
+    parser.add_argument("--bytes", type=int, default=64, help="between the sizes at which a write is stopped")
+    parser.add_argument("--pairs", type=int, default=1, help="two kills in a row: at each n-th call")
+    parser.add_argument("--only", choices=("mutants", "saves"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures, with examples of the faults, to this file")

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +116,11 @@ FORMS = {
 }  # fmt: skip
 
 
-def originals(place: Path) -> list[Original]:
+def originals(place: Path, forms: Sequence[str] = tuple(FORMS)) -> list[Original]:
     """One adapter of each form with another save as its `other`; each has been loaded once."""
     found = []
-    for number, (name, (save, settings)) in enumerate(FORMS.items()):
+    for number, name in enumerate(forms):
+        save, settings = FORMS[name]
         pair = []
         for seed in (1, 2):
             folder = place / f"original-{number}-{seed}"

@@ -75,8 +75,8 @@ def file_limit(place: Path, step: int) -> Failures:
     return found
 
 
-def failing_call(place: Path, number: int, step: int = 1) -> Failures:
-    """The n-th call to the filesystem fails with this errno, for every n (or each `step`-th)."""
+def failing_call(place: Path, number: int) -> Failures:
+    """The n-th call to the filesystem fails with this errno, for every n."""
     found, source, model = Failures(late=True), template(place, 1), adapted(2)
     folder, events = place / "failing", ["..."]
 
@@ -100,7 +100,7 @@ def failing_call(place: Path, number: int, step: int = 1) -> Failures:
             found.add(f"call {at}, {events[0]}", said, read_by_us(folder), left)
         lora.save(adapted(3), folder)
         found.left_after_next_save += len(leftovers(folder))
-        at += step
+        at += 1
     return found
 
 
@@ -120,7 +120,7 @@ def _own_mounts() -> None:
     _mount(b"none", Path("/"), PRIVATE | 16384, b"")
 
 
-def full_disk(place: Path, step: int = 1) -> Failures | None:
+def full_disk(place: Path) -> Failures | None:
     """A tmpfs of 1 MB with n pages free, for n up to more than both files take; None where none can be mounted."""
     found, source, model = Failures(), template(place, 1), adapted(2)
     disk = place / "disk"
@@ -133,11 +133,11 @@ def full_disk(place: Path, step: int = 1) -> Failures | None:
         except OSError:
             return None
         tried: list[list[Any]] = []
-        for pages in range(0, 3 * (source / TENSORS).stat().st_size // PAGE + 8, step):
+        for pages in range(0, 3 * (source / TENSORS).stat().st_size // PAGE + 8):
             folder = fresh(source, disk / "adapter")
             free = os.statvfs(disk).f_bavail * PAGE
             (disk / "filler").write_bytes(bytes(max(0, free - pages * PAGE)))
-            said = outcome(lambda: lora.save(model, folder))
+            said = outcome(lambda folder=folder: lora.save(model, folder))
             tried.append([f"{pages} pages free", said, read_by_us(folder), len(leftovers(folder))])
             (disk / "filler").unlink()
             lora.save(adapted(3), folder)
@@ -196,7 +196,8 @@ def _file_as_parent(folder: Path, save: Callable[[], None]) -> str:
 
 # How a save ends there: with the old adapter in place and a LoraError, or saved.
 PLACES: dict[str, tuple[str, Callable[[Path, Callable[[], None]], str]]] = {
-    "a read-only filesystem": ("refused", _read_only_disk), "a folder without the right to write": ("refused", _no_rights),
+    "a read-only filesystem": ("refused", _read_only_disk),
+    "a folder without the right to write": ("refused", _no_rights),
     "a file in the folder's place": ("refused", _file_as_parent),
     "no hard links": ("saved", _without("os", "link", errno.EPERM)),
     "no locks": ("saved", _without("fcntl", "flock", errno.ENOLCK)),

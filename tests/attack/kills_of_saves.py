@@ -107,8 +107,8 @@ def _save_and_die(folder: Path, state: int, number: int) -> tuple[bool, Any]:
     return killed(status), calls
 
 
-def at_every_call(place: Path, start: str, step: int = 1) -> Kills:
-    """One kill before each call to the filesystem (or each `step`-th), from one start."""
+def at_every_call(place: Path, start: str) -> Kills:
+    """One kill before each call to the filesystem, from one start."""
     found, source = Kills(), template(place, 1, STARTS[start])
     allowed = {"1": "old", "2": "new"} if source.exists() else {"none": "none", "2": "new"}
     number, folder = 1, place / "killed"
@@ -117,7 +117,7 @@ def at_every_call(place: Path, start: str, step: int = 1) -> Kills:
         if not was_killed:
             return found
         found.check(folder, allowed, f"{start}, before call {number}")
-        number += step
+        number += 1
 
 
 def twice(place: Path, step: int = 1) -> Kills:
@@ -191,12 +191,12 @@ def at_random_times(place: Path, kills: int, seed: int) -> Kills:
     return found
 
 
-def kills(place: Path, count: int, step: int, pairs: int, seed: int) -> dict[str, Kills]:
-    """All of it; `step` 1 is every call and every 64 bytes, `pairs` 1 every pair of calls."""
+def kills(place: Path, count: int, size: int, pairs: int, seed: int) -> dict[str, Kills]:
+    """All of it: at every call, every `size` bytes, each `pairs`-th pair of calls, and `count` by the clock."""
     runs: dict[str, Callable[[], Kills]] = {
-        f"before each call, {start}": lambda start=start: at_every_call(place, start, step) for start in STARTS
+        f"before each call, {start}": lambda start=start: at_every_call(place, start) for start in STARTS
     }
     runs["before each call, twice in a row"] = lambda: twice(place, pairs)
-    runs["at each size of a file"] = lambda: at_every_size(place, 64 * step)
+    runs["at each size of a file"] = lambda: at_every_size(place, size)
     runs["by the clock"] = lambda: at_random_times(place, count, seed)
     return {name: run() for name, run in runs.items()}
