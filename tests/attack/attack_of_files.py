@@ -103,7 +103,10 @@ def in_words(faults: Mapping[str, int]) -> str:
 
 
 def table(figures: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| attack | before: tried | faults | now: tried | faults | PEFT's reader now |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| attack | before: tried | faults | now: tried | faults | PEFT's reader now |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in dict.fromkeys([*before, *figures]):
         cells = [name]
         for line in (before.get(name), figures.get(name)):

@@ -126,12 +126,20 @@ def places(original: Original) -> dict[str, dict[str, bytes | Callable[[Path], N
 
 
 def directed(originals: list[Original]) -> list[tuple[Original, str, Any]]:
-    """Every key of the settings by every hostile value, and every thing in every place."""
+    """Every setting, the metadata and every value of its records by every hostile value; all things in all places."""
     found: list[tuple[Original, str, Any]] = []
     for original in originals:
         found += [(original, "setting", (key, value)) for key in keys_of_config(original) for value in VALUES]
         found += [(original, "place", place) for place in places(original)]
+        found += [(original, "metadata", value) for value in VALUES]
+        found += [(original, "record", (name, key, v)) for name, key in records(original) for v in VALUES]
     return found
+
+
+def records(original: Original) -> list[tuple[str, str]]:
+    """(name, key) of each value of each text of the metadata that holds a JSON object."""
+    texts = Draft.of(original).metadata() or {}
+    return [(name, key) for name, text in texts.items() if text.startswith("{") for key in json.loads(text)]
 
 
 def made(case: tuple[Original, str, Any]) -> Mutant:
@@ -141,6 +149,17 @@ def made(case: tuple[Original, str, Any]) -> Mutant:
     if what == "setting":
         files[CONFIG] = with_setting(original.config, *detail)
         return Mutant(f"{detail[0]} = {detail[1][:60]}", kind, original.effect, files)
+    if what in ("metadata", "record"):
+        draft = Draft.of(original)
+        texts = draft.metadata() or {}
+        if what == "metadata":
+            draft.pairs = [[key, MARK + detail if key == "__metadata__" else value] for key, value in draft.pairs]
+        else:
+            name, key, value = detail
+            texts[name] = as_text({**json.loads(texts[name]), key: MARK + value})
+        kind = "sealed anew" if what == "record" else "unsealed"
+        files[TENSORS] = draft.tensors(seal=what == "record")
+        return Mutant(f"{what} {str(detail)[:60]}", kind, original.effect, files)
     changes = places(original)[detail]
     files = {file: made for file, made in {**files, **changes}.items() if made is not None}
     assert original.other is not None

@@ -80,9 +80,10 @@ def _peak() -> int:
 
 
 def put(mutant: Mutant, folder: Path) -> int:
-    """Lay a mutant's files into an empty folder; returns the larger one's size."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    """Lay a mutant's files into a folder, alone; returns the larger one's size."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for name, content in mutant.files.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
