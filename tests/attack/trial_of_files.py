@@ -28,9 +28,11 @@ from lora.files.description import describe
 from lora.layers import hosts
 from mutants_of_files import Mutant, directed, drawn, made
 
-SECONDS, MEGABYTES, MESSAGE = 2.0, 100, 4096
+SECONDS, MEGABYTES, MESSAGE = 2.0, 100, 4096  # seconds of the processor's time, so that a busy machine is no fault
+WAITING = 10  # times as many by the clock, for what waits and does nothing
 HASHED = 200 << 20  # bytes a second: an inspection reads the whole file for its checksum
 BATCH = 400
+HANGS = (signal.SIGALRM, signal.SIGPROF)
 Makers = list[Callable[[], Mutant]]
 Todo = dict[int, tuple[str, ...]]
 """number of a mutant: what is still to be tried with it"""
@@ -95,7 +97,8 @@ def put(mutant: Mutant, folder: Path) -> int:
 def _worker(todo: Todo, makers: Makers, folder: Path, pipe: int) -> None:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process wherever it is
+    for number in HANGS:
+        signal.signal(number, signal.SIG_DFL)  # ends the process wherever it is
     model, start = net(), _peak()
     # Against a machine without memory; what is counted is the peak.
     resource.setrlimit(resource.RLIMIT_AS, (start + (4 << 30), start + (4 << 30)))
@@ -108,13 +111,16 @@ def _worker(todo: Todo, makers: Makers, folder: Path, pipe: int) -> None:
         size = put(mutant, folder)
         for verb in verbs:
             say(number, verb)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS + (size / HASHED if verb == "inspect" else 0))
+            seconds = SECONDS + (size / HASHED if verb == "inspect" else 0)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            signal.setitimer(signal.ITIMER_REAL, WAITING * seconds)
             try:
                 found = verdict_of_load(mutant, model, folder) if verb == "load" else verdict_of_inspect(mutant, folder)
             except BaseException as error:
                 starved = isinstance(error, MemoryError) or "allocate memory" in str(error)
                 found = "memory" if starved else "foreign", f"{type(error).__name__}: {str(error)[:150]}"
                 model = net()
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             more = _peak() - start - size
             if more > MEGABYTES << 20:
@@ -138,11 +144,10 @@ class Running:
 
 @dataclass
 class Findings:
-    """counts: by (kind, verb, outcome). examples: of each fault, in words. slow: what ran out of time once."""
+    """counts: by (kind, verb, outcome). examples: of each fault, in words."""
 
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     examples: dict[str, Counter[str]] = field(default_factory=dict)
-    slow: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, kind: str, verb: str, what: str, outcome: str, detail: str) -> None:
         self.counts[kind, verb, outcome] += 1
@@ -240,9 +245,7 @@ def _ended(worker: Running, makers: Makers, found: Findings) -> None:
         return
     number, verb = worker.at
     mutant = makers[number]()
-    ended = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "exit"
-    if ended == "SIGALRM" and worker.at not in found.slow:  # once more: the machine may have been busy
-        found.slow.add(worker.at)
-        return
+    signaled = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    ended = signal.Signals(signaled).name if signaled else "exit"
     _tried(worker, number, verb)
-    found.add(mutant.kind, verb, mutant.what, "hang" if ended == "SIGALRM" else "foreign", f"{ended}: ended by it")
+    found.add(mutant.kind, verb, mutant.what, "hang" if signaled in HANGS else "foreign", f"{ended}: ended by it")
