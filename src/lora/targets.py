@@ -1,7 +1,7 @@
 """Which modules of a model an adapter goes to."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -30,10 +30,14 @@ HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 EntryT = TypeVar("EntryT", str, int)
 
 
-def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[str, nn.Module]:
+Choice = Callable[[list[str], list[str]], Collection[str]]
+"""(full names of all that can be adapted, of those that "all-linear" means) -> which of the first are meant"""
+
+
+def select(model: nn.Module, config: LoraConfig, choose: Choice | None = None) -> dict[str, nn.Module]:
     """The modules that the update goes to, by full name, in the model's order.
 
-    `loading`: the config comes from a file, where a name that fits nothing here does no harm: the tensors decide.
+    `choose`: in the place of the config, which comes from a file, where a name that fits nothing here does no harm.
 
     Raises:
         LoraError: a target, exclude, layer or pattern that fits nothing, or a target that is no linear map.
@@ -44,16 +48,18 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         raise LoraError(
             f"model: {type(model).__name__} has no module inside it to adapt; {supported()}{_any_other(modules)}"
         )
-    if not loading:
+    if choose is None:
         _check_targets(model, config.targets, modules, kinds)
-    meant = _meant(model, config, modules, kinds)
+        meant = _meant(model, config, modules, kinds)
+    else:
+        meant = choose(list(kinds), _all_linear(model, kinds)).__contains__
     candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
-    chosen = {first_names[modules[name]]: modules[name] for name in candidates if _left_in(config, name)}
+    chosen = {first_names[modules[name]]: modules[name] for name in candidates if choose or _left_in(config, name)}
     for name, module in chosen.items():
         check_called(model, "targets", name)
         kinds[name].check(model, name, module)
-    if loading:
+    if choose is not None:
         return chosen
     for name, module in modules.items():  # a linear of another quantizer would be skipped without a word
         linear = name not in kinds and "linear" in type(module).__name__.lower() and not list(module.children())
@@ -106,6 +112,11 @@ def _left_in(config: LoraConfig, name: str) -> bool:
 def _any_other(modules: dict[str, nn.Module]) -> str:
     """The words for the first module that another quantizer made."""
     return next((text for module in modules.values() if (text := other_quantizer(module))), "")
+
+
+def _all_linear(model: nn.Module, kinds: dict[str, type[Kind]]) -> list[str]:
+    heads = output_heads(model)
+    return [name for name, kind in kinds.items() if kind.all_linear and not _within(heads, name)]
 
 
 def output_heads(model: nn.Module) -> list[str]:

@@ -54,8 +54,7 @@ class BitsAndBytes(Quantized):
 
     @classmethod
     def require(cls, why: str) -> None:
-        if find_spec("bitsandbytes") is None:
-            raise LoraError(f"{why}, which needs bitsandbytes; pip install 'lora-torch[quant]'")
+        require_bitsandbytes(why)
 
     @classmethod
     def allow_training(cls, root: nn.Module, allowed: bool) -> None:
@@ -92,6 +91,12 @@ class BitsAndBytes(Quantized):
         steps = [[type(step).__module__ for step in getattr(conversion, "operations", [])] for conversion in found]
         ours = [any(module.endswith(".bitsandbytes") for module in modules) for modules in steps]
         model._weight_conversions = [conversion for conversion, its in zip(found, ours, strict=True) if not its]
+
+
+def require_bitsandbytes(why: str) -> None:
+    """Raises `LoraError` where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise LoraError(f"{why}, which needs bitsandbytes; pip install 'lora-torch[quant]'")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from .kind import Part as Part
 from .kind import check_called as check_called
 from .kind import hosts as hosts
 from .kind import kind_of as kind_of
+from .kind import part_tied as part_tied
 from .kind import register as register
 from .kind import supported as supported
 from .kind import unregister as unregister

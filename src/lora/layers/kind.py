@@ -4,7 +4,7 @@ The verbs (inject, load, save, merge, summary, ...) walk over hosts and ask; non
 kind is one subclass, registered in the table below.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -168,6 +168,26 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
         found = adapters_of(module)
         if isinstance(found, Kind):
             yield name, module, found
+
+
+def part_tied(
+    parts: Iterable[Part], key: Callable[[Part, str], str], tensors: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    """Untie those of the prepared tensors for which a file has different values; the two keys of each.
+
+    Args:
+        key: of a part's tensor among the file's `tensors`.
+    """
+    first: dict[int, str] = {}
+    apart = []
+    for part in parts:
+        for name, tensor in part.kind.tensors(part.module).items():
+            own = key(part, name)
+            other = first.setdefault(id(tensor), own) if own in tensors else own
+            if other != own and not torch.equal(tensors[own], tensors[other]):
+                part.kind.untie(part.module, name)
+                apart.append((own, other))
+    return apart
 
 
 def supported() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..bases.bitsandbytes import BitsAndBytes
+from ..bases.bitsandbytes import require_bitsandbytes
 from ..errors import LoraError
 from ..layers import hosts
 from ..targets import output_heads
@@ -33,7 +33,7 @@ def check_needs(recipe: Recipe) -> None:
 
 def _check_optimizer(name: str, gpu: bool) -> None:
     """One step on zeros: which devices bitsandbytes has optimizers for differs by its version and how it was built."""
-    BitsAndBytes.require(f"optimizer is {name!r}")
+    require_bitsandbytes(f"optimizer is {name!r}")
     if name == "paged_adamw" and not gpu:
         raise LoraError(
             "optimizer is 'paged_adamw', which pages its states between a GPU and host memory, and there is no GPU; "
