@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bases import allow_training
+from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, base_modules, hosts
+from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
@@ -67,7 +68,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             stacklevel=3,
         )
     first = next(iter(others.values()), None)
-    before = first.trainable_before if first else frozenset(n for n, p in root.named_parameters() if p.requires_grad)
+    before = first.trainable_before if first else frozenset(n for n, p in base_parameters(root) if p.requires_grad)
     return Adapter(name, config, before, extra or {})
 
 
@@ -80,6 +81,7 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
     around = [(name, adapters) for name, host, adapters in hosts(root) if len(host._modules) > 1]  # not `lora` alone
     covered = {name: a for name, adapters in around for a in adapters.records if adapters.covers(a)}
     mine = {part.host for part in parts}
+    _check_offloaded(root, mine)
     for name in [name for name, module in base_modules(root) if module in mine] if covered else ():
         for outer, adapter in covered.items():
             if name.startswith(f"{outer}."):
@@ -88,6 +90,18 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
                     "would never run beside it; leave it out, or lora.remove that adapter first"
                 )
     return parts
+
+
+def _check_offloaded(root: nn.Module, mine: set[nn.Module]) -> None:
+    """Refuse hosts in a module whose whole content accelerate brings by name, and would look for A and B there."""
+    for outer, module in base_modules(root):
+        if (hook := offload_of(module)) is not None and hook.place_submodules:
+            for name, inner in base_modules(module):
+                if inner in mine:
+                    raise LoraError(
+                        f"model: {name or 'itself'!r} is inside {outer!r}, which accelerate offloads as one and with "
+                        "it what is put in later; dispatch the model without preload_module_classes, then inject"
+                    )
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:

@@ -10,6 +10,7 @@ from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
 from .errors import LoraError, near
 from .layers import Kind, base_modules, check_called, kind_of, supported
+from .layers.host import unwrapped
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -124,7 +125,7 @@ def output_heads(model: nn.Module) -> list[str]:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     if head is not None:
-        heads += [name for name, module in base_modules(model) if module is head]
+        heads += [name for name, module in base_modules(model) if module is unwrapped(head)]
     return list(dict.fromkeys(heads))
 
 

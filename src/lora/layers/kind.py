@@ -15,7 +15,7 @@ from ..bases import FrozenWeight
 from ..config import LoraConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
-from .host import Adapters, adapters_of, base_modules
+from .host import Adapters, adapters_of, base_modules, submodule
 
 KindT = TypeVar("KindT", bound="Kind")
 
@@ -91,6 +91,11 @@ class Kind(Adapters):
     @classmethod
     def tensors(cls, part: Any) -> dict[str, Tensor]:
         """A part's tensors by their keys in a file, which follow the host's full name and a dot."""
+        raise NotImplementedError
+
+    @classmethod
+    def untie(cls, part: Any, key: str) -> None:
+        """Give a part a tensor of its own in place of one that is tied to another's: a file parts the two."""
         raise NotImplementedError
 
     @classmethod
@@ -172,7 +177,7 @@ def supported() -> str:
 
 def check_called(model: nn.Module, argument: str, name: str) -> None:
     """Refuse a module whose parent reads its weight and never calls it: an adapter there would do nothing."""
-    parent = model.get_submodule(name.rpartition(".")[0])
+    parent = submodule(model, name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         raise LoraError(
             f"{argument}: {name!r} is inside nn.MultiheadAttention, which reads its weight and never calls it, so an "

@@ -56,8 +56,8 @@ def refuse_meta(A: Tensor, x: Tensor) -> None:
     """A product of a real and a meta tensor is memory that nobody wrote, without a word."""
     if A.is_meta and not x.is_meta:
         raise LoraError(
-            "model: an adapter's A and B are on the meta device (offloaded by accelerate, or injected before the base "
-            "had values), and nothing brings them to where it runs; load the model without offloading, then inject"
+            "model: an adapter's A and B are on the meta device, and nothing brings them to where it runs; where "
+            "accelerate offloads the model, do that first and inject then; else load the base's values, then inject"
         )
 
 
