@@ -1,5 +1,6 @@
 """The one error root and the one warning category; both say what to do next."""
 
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,3 +28,11 @@ def near(name: str, known: Iterable[str], count: int = 4) -> str:
 def listed(names: list[str]) -> str:
     """`a, b and c`"""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def ends(names: Iterable[str], among: Iterable[str]) -> dict[str, int]:
+    """What picks these modules of `among`, and how many: the last part of a name, or the whole of it where others
+    end so too."""
+    names, last = set(names), {name: name.rpartition(".")[2] for name in among}
+    others = {end for name, end in last.items() if name not in names}
+    return dict(Counter(name if end in others else end for name, end in last.items() if name in names))

@@ -9,7 +9,7 @@ from torch import nn
 from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
-from .layers import KINDS, Adapter, Part, base_modules, hosts
+from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
@@ -45,6 +45,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
     parts = fresh_parts(root, targets, config, loading=False)
     install(root, adapter, parts, trainable=True)
+    Watch(root, adapter.name, parts)
     return model
 
 

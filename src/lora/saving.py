@@ -16,7 +16,7 @@ from .files.fingerprint import REQUANTIZED, apart, difference, fingerprint, othe
 from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import from_peft, task_type, to_peft
 from .injection import fresh_parts, install, new_adapter
-from .layers import Adapter, Kind, Part, base_modules, hosts
+from .layers import Adapter, Kind, Part, Watch, base_modules, hosts
 from .resident import is_merged, named, resident, unwrap
 from .targets import select
 from .updates import update_named
@@ -89,6 +89,8 @@ def load(
         weights = {names[host]: kind.weight(host) for host, kind, _ in parts}
         _check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
     install(root, adapter, parts, trainable)
+    if trainable:
+        Watch(root, adapter.name, parts)
     return model
 
 

@@ -1,6 +1,7 @@
 """Which modules of a model an adapter goes to."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -8,8 +9,9 @@ from torch import nn
 
 from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
-from .errors import LoraError, near
-from .layers import Kind, base_modules, check_called, kind_of, supported
+from .errors import LoraError, LoraWarning, ends, listed, near
+from .layers import Kind, base_modules, check_fast_path, kind_of, never_called, no_module, supported
+from .layers.host import original_class
 
 ATTENTION_NAMES = (
     ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
@@ -49,8 +51,9 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {first_names[modules[name]]: modules[name] for name in candidates if _left_in(config, name)}
+    chosen = _without_unseen(config, modules, chosen, loading)
     for name, module in chosen.items():
-        check_called(model, "targets", name)
+        check_fast_path(model, name)
         kinds[name].check(model, name, module)
     if loading:
         return chosen
@@ -91,9 +94,32 @@ def _meant(
     if config.targets == "all-linear":
         heads = output_heads(model)
         return lambda name: (name not in kinds or kinds[name].all_linear) and not _within(heads, name)
-    linear = (name for name, kind in kinds.items() if kind.all_linear)
+    linear = (name for name, kind in kinds.items() if kind.all_linear and not never_called(modules, name))
     targets = config.targets or default_targets(linear, _any_other(modules))
     return lambda name: matches(targets, name)
+
+
+def _without_unseen(
+    config: LoraConfig, modules: dict[str, nn.Module], chosen: dict[str, nn.Module], loading: bool
+) -> dict[str, nn.Module]:
+    """The targets without those that nobody calls, which are told of, or refused where they are named."""
+    unseen = [name for name in chosen if never_called(modules, name)]
+    if not unseen:
+        return chosen
+    readers = dict.fromkeys(original_class(modules[name.rpartition(".")[0]]).__name__ for name in unseen)
+    found = ends(unseen, chosen)
+    what = f"{listed([f'{end} ({count})' for end, count in found.items()])} in {listed(list(readers))}, which"
+    if loading:
+        text = f"what the adapter has on {what} reads their weight and never calls them, acts only once it is merged"
+    elif config.targets is None or config.targets == "all-linear":
+        text = f"{config.targets!r} leaves out {what} reads their weight and never calls them: it would do nothing"
+    else:
+        raise LoraError(
+            f"targets: {unseen[0]!r} is inside {next(iter(readers))}, which reads its weight and never calls it, so an "
+            f"adapter there would do nothing; leave it out with exclude={list(found)!r}"
+        )
+    warnings.warn(f"targets: {text}", LoraWarning, stacklevel=4)
+    return chosen if loading else {name: module for name, module in chosen.items() if name not in unseen}
 
 
 def _left_in(config: LoraConfig, name: str) -> bool:
@@ -145,9 +171,8 @@ def _check_targets(
     for target in targets if isinstance(targets, list) else ():
         fits = [name for name in modules if matches([target], name)]
         if not fits:
-            raise LoraError(
-                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(kinds))}"
-            )
+            found = no_module(modules, target, _leaves(kinds))
+            raise LoraError(f"targets: {target!r} fits no module of {type(model).__name__}{found}")
         for name in fits:
             if name not in kinds:
                 inner = _leaves(other for other in kinds if other.startswith(name + "."))
@@ -163,7 +188,7 @@ def _check_filters(config: LoraConfig, candidates: list[str], modules: dict[str,
     for entry in _listed(config.exclude):
         pattern = entry if isinstance(config.exclude, str) else [entry]
         if not any(matches(pattern, name) for name in modules):
-            raise LoraError(f"exclude: {entry!r} fits no module{near(entry, _leaves(candidates))}")
+            raise LoraError(f"exclude: {entry!r} fits no module{no_module(modules, entry, _leaves(candidates))}")
     there = {index for name in candidates if (index := layer_index(name)) is not None}
     for layer in _listed(config.layers):
         if layer not in there:
