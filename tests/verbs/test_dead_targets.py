@@ -170,6 +170,18 @@ def test_an_adapter_that_is_removed_before_the_first_pass_is_not_named() -> None
         step(model)
 
 
+def test_gradients_that_an_optimizer_takes_within_the_pass_say_nothing() -> None:
+    model = lora.inject(Layers(), targets=["q", "head"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    before = hooks(model)
+    with said():
+        for _ in range(8):
+            step(model)
+    assert hooks(model) < before == sum(p.requires_grad for p in model.parameters()) + 4
+
+
 def test_what_the_user_has_frozen_meanwhile_is_not_named() -> None:
     model = lora.inject(Layers(), targets=["q", "k"])
     for layer in model.layers:
