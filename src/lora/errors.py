@@ -31,8 +31,15 @@ def listed(names: list[str]) -> str:
 
 
 def ends(names: Iterable[str], among: Iterable[str]) -> dict[str, int]:
-    """What picks these modules of `among`, and how many: the last part of a name, or the whole of it where others
-    end so too."""
-    names, last = set(names), {name: name.rpartition(".")[2] for name in among}
-    others = {end for name, end in last.items() if name not in names}
-    return dict(Counter(name if end in others else end for name, end in last.items() if name in names))
+    """The shortest ends of full names that pick these modules of `among` and no other, and how many each picks."""
+    picked, found = dict.fromkeys(names), Counter[str]()
+    kept = {name[i:] for name in among if name not in picked for i in _starts(name)}
+    for name in picked:
+        short = next((name[i:] for i in _starts(name) if name[i:] not in kept and not name[i].isdigit()), name)
+        found[short] += 1
+    return dict(found)
+
+
+def _starts(name: str) -> list[int]:
+    """Where the ends of a full name start, the shortest first."""
+    return [i for i in reversed(range(len(name))) if i == 0 or name[i - 1] == "."]

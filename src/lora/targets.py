@@ -13,19 +13,15 @@ from .errors import LoraError, LoraWarning, ends, listed, near
 from .layers import Kind, base_modules, check_fast_path, kind_of, never_called, no_module, supported
 from .layers.host import original_class
 
-ATTENTION_NAMES = (
-    ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
-    ["query", "value"],  # BERT, RoBERTa, ViT, ...
-    ["q_lin", "v_lin"],  # DistilBERT
-    ["to_q", "to_v"],  # diffusion models
-    ["SelfAttention.q", "SelfAttention.v"],  # T5
-    ["query_key_value"],  # GPT-NeoX, BLOOM, Falcon
-    ["qkv_proj"],  # Phi-3, ...
-    ["c_attn"],  # GPT-2
-    ["Wqkv"],  # ModernBERT, MPT
-    ["in_proj"],
-    ["qkv"],
-)
+ROLES = {word: word[0] for word in ("q", "query", "queries", "k", "key", "keys", "v", "value", "values")}
+FUSED = ("c_attn", "W_pack")  # projections of query, key and value in one, whose names do not say so
+MORE = {  # what PEFT picks where it picks more than the queries and values, by the config's model_type
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    "btlm": ["c_proj", "c_attn"],
+}
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 EntryT = TypeVar("EntryT", str, int)
@@ -50,7 +46,7 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     meant = _meant(model, config, modules, kinds)
     candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
-    chosen = {first_names[modules[name]]: modules[name] for name in candidates if _left_in(config, name)}
+    chosen = {first_names[modules[name]]: modules[name] for name in candidates if left_in(config, name)}
     chosen = _without_unseen(config, modules, chosen, loading)
     for name, module in chosen.items():
         check_fast_path(model, name)
@@ -59,7 +55,7 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
         return chosen
     for name, module in modules.items():  # a linear of another quantizer would be skipped without a word
         linear = name not in kinds and "linear" in type(module).__name__.lower() and not list(module.children())
-        if linear and _left_in(config, name) and meant(name) and (other := other_quantizer(module)):
+        if linear and left_in(config, name) and meant(name) and (other := other_quantizer(module)):
             raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
     _check_filters(config, candidates, modules)
     if not chosen:
@@ -75,16 +71,37 @@ def select(model: nn.Module, config: LoraConfig, loading: bool = False) -> dict[
     return chosen
 
 
-def default_targets(linear: Iterable[str], hint: str = "") -> list[str]:
-    """The first of the known pairs of attention names whose members all exist; `hint` ends the error if none does."""
+def default_targets(linear: Iterable[str], model_type: str = "", hint: str = "") -> list[str]:
+    """The ends of the names of all query and value projections; `hint` ends the error where there is none."""
     names = list(linear)
-    for group in ATTENTION_NAMES:
-        if all(any(matches([target], name) for name in names) for target in group):
-            return group
-    raise LoraError(
-        "targets: None picks the query and value projections, and this model has none under a known name; "
-        f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}{hint}"
-    )
+    if any(matches(MORE.get(model_type), name) for name in names):
+        return MORE[model_type]
+    attentions: dict[str, dict[str, set[str]]] = {}
+    for name in names:
+        path = name.split(".")
+        own = -2 if path[-1] in ("linear", "layer") and len(path) > 1 else -1  # q_proj.linear, or q_proj
+        if roles := _roles(path[own]):
+            attentions.setdefault(".".join(path[:own]), {})[name] = roles
+    picked = {name for name in names if name.rpartition(".")[2] in FUSED}
+    for members in attentions.values():
+        if "v" in (roles := set().union(*members.values())) and roles & {"q", "k"}:
+            picked |= {name for name in members if members[name] & {"q", "v"}}
+    picked = picked or {name for name in names if name.rpartition(".")[2] == "in_proj"}
+    if not picked:
+        raise LoraError(
+            "targets: None picks the query and value projections, and this model has none under a known name; "
+            f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}{hint}"
+        )
+    return list(ends((name for name in names if name in picked), names))
+
+
+def _roles(part: str) -> set[str]:
+    """Which projections of an attention a part of a name tells of: of "q_proj" the query's, of "Wqkv" all three."""
+    found: set[str] = set()
+    for word in part.lower().split("_"):
+        word = word if word in ROLES else word.removeprefix("w")
+        found |= {ROLES[word]} if word in ROLES else set(word) if re.fullmatch("[qkvz]{2,4}", word) else set()
+    return found
 
 
 def _meant(
@@ -95,7 +112,8 @@ def _meant(
         heads = output_heads(model)
         return lambda name: (name not in kinds or kinds[name].all_linear) and not _within(heads, name)
     linear = (name for name, kind in kinds.items() if kind.all_linear and not never_called(modules, name))
-    targets = config.targets or default_targets(linear, _any_other(modules))
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    targets = config.targets or default_targets(linear, model_type, _any_other(modules))
     return lambda name: matches(targets, name)
 
 
@@ -122,7 +140,7 @@ def _without_unseen(
     return chosen if loading else {name: module for name, module in chosen.items() if name not in unseen}
 
 
-def _left_in(config: LoraConfig, name: str) -> bool:
+def left_in(config: LoraConfig, name: str) -> bool:
     """Whether `exclude`, `layers` and `train` leave a module to `targets`."""
     within = config.layers is None or layer_index(name) in _listed(config.layers)
     return within and not matches(config.exclude, name) and not _within(config.train, name)
