@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .bases import is_quantized
 from .config import LoraConfig, matches
@@ -84,7 +85,8 @@ def _stacked(root: nn.Module, config: LoraConfig) -> tuple[float, list[str]]:
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that stack matrices, or are one in a module of experts; a convolution's are filters."""
     dims = 2 if "expert" in type(module).__name__.lower() else 3
-    for parameter in module._parameters.values() if not hasattr(module, "kernel_size") else ():
+    filters = hasattr(module, "kernel_size") or isinstance(module, ParametrizationList)
+    for parameter in module._parameters.values() if not filters else ():
         if (
             parameter is not None
             and parameter.is_floating_point()
