@@ -20,7 +20,7 @@ from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import check_cost, from_peft, meant
 from .files.writing import repair
 from .injection import fresh_parts, install, new_adapter
-from .layers import Adapter, Part, base_modules, kind_of
+from .layers import Adapter, Part, Watch, base_modules, kind_of
 from .resident import unwrap
 from .saving import BASE, is_finite, keys_of
 from .targets import select
@@ -65,6 +65,8 @@ def load(
     for note in notes:
         warnings.warn(f"{path}: {note}", LoraWarning, stacklevel=2)
     install(root, adapter, parts, trainable)
+    if trainable:
+        Watch(root, adapter.name, parts)
     repair(file)
     return model
 
