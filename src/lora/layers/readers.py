@@ -55,7 +55,7 @@ def _only_read(modules: dict[str, nn.Module], name: str) -> bool:
         return False  # somebody replaced it
     if {use for function in functions for use in _uses(function, parent, leaf)} != {"read"}:
         return False
-    around = [modules[path[:end]] for end in range(len(path)) if path[end] == "." or not end]  # the parent is in these
+    around = [modules[path[:end]] for end in range(len(path)) if path[end] == "." or not end]  # from the root down
     outer = {use for m in around for function in _naming(m, leaf) for use in _uses(function, m, leaf)}
     return not outer & {"used", "unknown"}
 
