@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from .errors import LoraError as LoraError
     from .errors import LoraWarning as LoraWarning
     from .injection import inject as inject
+    from .loading import load as load
     from .merging import merge as merge
     from .merging import unmerge as unmerge
     from .preparation import prepare as prepare
     from .report import summary as summary
-    from .saving import load as load
     from .saving import save as save
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LoraConfig": "config", "LoraError": "errors", "LoraWarning": "errors", "activate": "activation",
-    "disabled": "activation", "inject": "injection", "load": "saving", "merge": "merging", "prepare": "preparation",
+    "disabled": "activation", "inject": "injection", "load": "loading", "merge": "merging", "prepare": "preparation",
     "remove": "activation", "save": "saving", "summary": "report", "unmerge": "merging",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)

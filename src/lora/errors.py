@@ -1,5 +1,6 @@
 """The one error root and the one warning category; both say what to do next."""
 
+from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,3 +28,18 @@ def near(name: str, known: Iterable[str], count: int = 4) -> str:
 def listed(names: list[str]) -> str:
     """`a, b and c`"""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def ends(names: Iterable[str], among: Iterable[str]) -> dict[str, int]:
+    """The shortest ends of full names that pick these modules of `among` and no other, and how many each picks."""
+    picked, found = dict.fromkeys(names), Counter[str]()
+    kept = {name[i:] for name in among if name not in picked for i in _starts(name)}
+    for name in picked:
+        short = next((name[i:] for i in _starts(name) if name[i:] not in kept and not name[i].isdigit()), name)
+        found[short] += 1
+    return dict(found)
+
+
+def _starts(name: str) -> list[int]:
+    """Where the ends of a full name start, the shortest first."""
+    return [i for i in reversed(range(len(name))) if i == 0 or name[i - 1] == "."]

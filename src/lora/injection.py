@@ -8,13 +8,14 @@ from torch import nn
 
 from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
-from .errors import LoraError, LoraWarning
-from .layers import KINDS, Adapter, Part, base_modules, hosts
+from .errors import LoraError, LoraWarning, ends
+from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts
 from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
+from .left_out import tell_left_out
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
-from .targets import default_targets, select
+from .targets import select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -42,10 +43,14 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     adapter = new_adapter(root, check_name(name), config)
     targets = select(root, config)
     if config.targets is None:
-        chosen = default_targets(targets)
-        warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
+        names = [name for name, _ in base_modules(root)]
+        warnings.warn(
+            f"targets: None picked {list(ends(targets, names))}; name them to silence this", LoraWarning, stacklevel=2
+        )
+    tell_left_out(root, config)
     parts = fresh_parts(root, targets, config, loading=False)
     install(root, adapter, parts, trainable=True)
+    Watch(root, adapter.name, parts)
     return model
 
 

@@ -10,7 +10,7 @@ from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers.frozen import model_dtype
 from .layers.host import base_modules, submodule
-from .offload import Offload
+from .ops.offload import Offload
 from .resident import is_merged, unwrap
 from .targets import output_heads
 from .updates import Update

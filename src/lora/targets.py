@@ -1,6 +1,7 @@
 """Which modules of a model an adapter goes to."""
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
@@ -8,23 +9,19 @@ from torch import nn
 
 from .bases import other_quantizer
 from .config import LoraConfig, lookup, matches
-from .errors import LoraError, near
-from .layers import Kind, base_modules, check_called, kind_of, supported
-from .layers.host import unwrapped
+from .errors import LoraError, LoraWarning, ends, listed, near
+from .layers import Kind, base_modules, check_fast_path, kind_of, never_called, no_module, supported
+from .layers.host import original_class, unwrapped
 
-ATTENTION_NAMES = (
-    ["q_proj", "v_proj"],  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, ...
-    ["query", "value"],  # BERT, RoBERTa, ViT, ...
-    ["q_lin", "v_lin"],  # DistilBERT
-    ["to_q", "to_v"],  # diffusion models
-    ["SelfAttention.q", "SelfAttention.v"],  # T5
-    ["query_key_value"],  # GPT-NeoX, BLOOM, Falcon
-    ["qkv_proj"],  # Phi-3, ...
-    ["c_attn"],  # GPT-2
-    ["Wqkv"],  # ModernBERT, MPT
-    ["in_proj"],
-    ["qkv"],
-)
+ROLES = {word: word[0] for word in ("q", "query", "queries", "k", "key", "keys", "v", "value", "values")}
+FUSED = ("c_attn", "W_pack")  # projections of query, key and value in one, whose names do not say so
+MORE = {  # what PEFT picks where it picks more than the queries and values, by the config's model_type
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    "btlm": ["c_proj", "c_attn"],
+}
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 
 EntryT = TypeVar("EntryT", str, int)
@@ -55,15 +52,16 @@ def select(model: nn.Module, config: LoraConfig, choose: Choice | None = None) -
         meant = choose(list(kinds), _all_linear(model, kinds)).__contains__
     candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
-    chosen = {first_names[modules[name]]: modules[name] for name in candidates if choose or _left_in(config, name)}
+    chosen = {first_names[modules[name]]: modules[name] for name in candidates if choose or left_in(config, name)}
+    chosen = _without_unseen(config, modules, chosen, loading=choose is not None)
     for name, module in chosen.items():
-        check_called(model, "targets", name)
+        check_fast_path(model, name)
         kinds[name].check(model, name, module)
     if choose is not None:
         return chosen
     for name, module in modules.items():  # a linear of another quantizer would be skipped without a word
         linear = name not in kinds and "linear" in type(module).__name__.lower() and not list(module.children())
-        if linear and _left_in(config, name) and meant(name) and (other := other_quantizer(module)):
+        if linear and left_in(config, name) and meant(name) and (other := other_quantizer(module)):
             raise LoraError(f"targets: {config.targets!r} fits {name!r} as well; {supported()}{other}, or exclude it")
     _check_filters(config, candidates, modules)
     if not chosen:
@@ -79,16 +77,37 @@ def select(model: nn.Module, config: LoraConfig, choose: Choice | None = None) -
     return chosen
 
 
-def default_targets(linear: Iterable[str], hint: str = "") -> list[str]:
-    """The first of the known pairs of attention names whose members all exist; `hint` ends the error if none does."""
+def default_targets(linear: Iterable[str], model_type: str = "", hint: str = "") -> list[str]:
+    """The ends of the names of all query and value projections; `hint` ends the error where there is none."""
     names = list(linear)
-    for group in ATTENTION_NAMES:
-        if all(any(matches([target], name) for name in names) for target in group):
-            return group
-    raise LoraError(
-        "targets: None picks the query and value projections, and this model has none under a known name; "
-        f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}{hint}"
-    )
+    if any(matches(MORE.get(model_type), name) for name in names):
+        return MORE[model_type]
+    attentions: dict[str, dict[str, set[str]]] = {}
+    for name in names:
+        path = name.split(".")
+        own = -2 if path[-1] in ("linear", "layer") and len(path) > 1 else -1  # q_proj.linear, or q_proj
+        if roles := _roles(path[own]):
+            attentions.setdefault(".".join(path[:own]), {})[name] = roles
+    picked = {name for name in names if name.rpartition(".")[2] in FUSED}
+    for members in attentions.values():
+        if "v" in (roles := set().union(*members.values())) and roles & {"q", "k"}:
+            picked |= {name for name in members if members[name] & {"q", "v"}}
+    picked = picked or {name for name in names if name.rpartition(".")[2] == "in_proj"}
+    if not picked:
+        raise LoraError(
+            "targets: None picks the query and value projections, and this model has none under a known name; "
+            f"name them: targets=[...] or 'all-linear'{near('q_proj', _leaves(names))}{hint}"
+        )
+    return list(ends((name for name in names if name in picked), names))
+
+
+def _roles(part: str) -> set[str]:
+    """Which projections of an attention a part of a name tells of: of "q_proj" the query's, of "Wqkv" all three."""
+    found: set[str] = set()
+    for word in part.lower().split("_"):
+        word = word if word in ROLES else word.removeprefix("w")
+        found |= {ROLES[word]} if word in ROLES else set(word) if re.fullmatch("[qkvz]{2,4}", word) else set()
+    return found
 
 
 def _meant(
@@ -98,12 +117,36 @@ def _meant(
     if config.targets == "all-linear":
         heads = output_heads(model)
         return lambda name: (name not in kinds or kinds[name].all_linear) and not _within(heads, name)
-    linear = (name for name, kind in kinds.items() if kind.all_linear)
-    targets = config.targets or default_targets(linear, _any_other(modules))
+    linear = (name for name, kind in kinds.items() if kind.all_linear and not never_called(modules, name))
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    targets = config.targets or default_targets(linear, model_type, _any_other(modules))
     return lambda name: matches(targets, name)
 
 
-def _left_in(config: LoraConfig, name: str) -> bool:
+def _without_unseen(
+    config: LoraConfig, modules: dict[str, nn.Module], chosen: dict[str, nn.Module], loading: bool
+) -> dict[str, nn.Module]:
+    """The targets without those that nobody calls, which are told of, or refused where they are named."""
+    unseen = [name for name in chosen if never_called(modules, name)]
+    if not unseen:
+        return chosen
+    readers = dict.fromkeys(original_class(modules[name.rpartition(".")[0]]).__name__ for name in unseen)
+    found = ends(unseen, chosen)
+    what = f"{listed([f'{end} ({count})' for end, count in found.items()])} in {listed(list(readers))}, which"
+    if loading:
+        text = f"what the adapter has on {what} reads their weight and never calls them, acts only once it is merged"
+    elif config.targets is None or config.targets == "all-linear":
+        text = f"{config.targets!r} leaves out {what} reads their weight and never calls them: it would do nothing"
+    else:
+        raise LoraError(
+            f"targets: {unseen[0]!r} is inside {next(iter(readers))}, which reads its weight and never calls it, so an "
+            f"adapter there would do nothing; leave it out with exclude={list(found)!r}"
+        )
+    warnings.warn(f"targets: {text}", LoraWarning, stacklevel=4)
+    return chosen if loading else {name: module for name, module in chosen.items() if name not in unseen}
+
+
+def left_in(config: LoraConfig, name: str) -> bool:
     """Whether `exclude`, `layers` and `train` leave a module to `targets`."""
     within = config.layers is None or layer_index(name) in _listed(config.layers)
     return within and not matches(config.exclude, name) and not _within(config.train, name)
@@ -157,9 +200,8 @@ def _check_targets(
     for target in targets if isinstance(targets, list) else ():
         fits = [name for name in modules if matches([target], name)]
         if not fits:
-            raise LoraError(
-                f"targets: {target!r} fits no module of {type(model).__name__}{near(target, _leaves(kinds))}"
-            )
+            found = no_module(modules, target, _leaves(kinds))
+            raise LoraError(f"targets: {target!r} fits no module of {type(model).__name__}{found}")
         for name in fits:
             if name not in kinds:
                 inner = _leaves(other for other in kinds if other.startswith(name + "."))
@@ -175,7 +217,7 @@ def _check_filters(config: LoraConfig, candidates: list[str], modules: dict[str,
     for entry in _listed(config.exclude):
         pattern = entry if isinstance(config.exclude, str) else [entry]
         if not any(matches(pattern, name) for name in modules):
-            raise LoraError(f"exclude: {entry!r} fits no module{near(entry, _leaves(candidates))}")
+            raise LoraError(f"exclude: {entry!r} fits no module{no_module(modules, entry, _leaves(candidates))}")
     there = {index for name in candidates if (index := layer_index(name)) is not None}
     for layer in _listed(config.layers):
         if layer not in there:

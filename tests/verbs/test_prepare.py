@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_llama
 from lora.layers.host import adapters_of
-from lora.offload import Offload
+from lora.ops.offload import Offload
 
 KINDS = [None, "nf4", "int8"]
 TARGETS = ["q_proj", "v_proj", "down_proj"]

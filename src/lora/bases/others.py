@@ -21,7 +21,9 @@ def other_quantizer(module: nn.Module) -> str:
     weight = weight_of(module)
     if weight is not None and weight.quantization is not None:
         return ""  # a format takes it
-    kinds: list[Any] = [*type(module).__mro__, *(type(p) for p in module._parameters.values() if p is not None)]
+    # Of the classes only those of modules: transformers' models have a mixin from its integrations.
+    classes = [c for c in type(module).__mro__ if issubclass(c, nn.Module)]
+    kinds: list[Any] = [*classes, *(type(p) for p in module._parameters.values() if p is not None)]
     for package, name in OTHER_QUANTIZERS.items():
         if any(c.__module__ == package or c.__module__.startswith(package + ".") for c in kinds):
             return f". This one is quantized by {name}, which is not supported: {INSTEAD}"

@@ -8,13 +8,15 @@ from .kind import KINDS as KINDS
 from .kind import Kind as Kind
 from .kind import Line as Line
 from .kind import Part as Part
-from .kind import check_called as check_called
 from .kind import hosts as hosts
 from .kind import kind_of as kind_of
-from .kind import part_tied as part_tied
+from .kind import no_module as no_module
 from .kind import register as register
 from .kind import supported as supported
 from .kind import unregister as unregister
+from .readers import check_fast_path as check_fast_path
+from .readers import never_called as never_called
+from .unreached import Watch as Watch
 
 from .whole import WholeAdapters as WholeAdapters  # isort: skip  (the table of kinds has the last one first)
 from .embedding import EmbeddingAdapters as EmbeddingAdapters  # isort: skip

@@ -4,7 +4,7 @@ The verbs (inject, load, save, merge, summary, ...) walk over hosts and ask; non
 kind is one subclass, registered in the table below.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import bases
 from ..bases import FrozenWeight
-from ..config import LoraConfig
-from ..errors import LoraError
+from ..config import LoraConfig, matches
+from ..errors import near
 from ..exact import How, MergedModule
-from .host import Adapters, adapters_of, base_modules, submodule
+from .host import Adapters, adapters_of, base_modules
 
 KindT = TypeVar("KindT", bound="Kind")
 
@@ -170,41 +170,16 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
             yield name, module, found
 
 
-def part_tied(
-    parts: Iterable[Part], key: Callable[[Part, str], str], tensors: Mapping[str, Tensor]
-) -> list[tuple[str, str]]:
-    """Untie those of the prepared tensors for which a file has different values; the two keys of each.
-
-    Args:
-        key: of a part's tensor among the file's `tensors`.
-    """
-    first: dict[int, str] = {}
-    apart = []
-    for part in parts:
-        for name, tensor in part.kind.tensors(part.module).items():
-            own = key(part, name)
-            other = first.setdefault(id(tensor), own) if own in tensors else own
-            if other != own and not torch.equal(tensors[own], tensors[other]):
-                part.kind.untie(part.module, name)
-                apart.append((own, other))
-    return apart
+def no_module(modules: dict[str, nn.Module], entry: str, known: Iterable[str]) -> str:
+    """The end of an error: what a name is that fits no module, or names near to it."""
+    for owner, module in modules.items():
+        for name in module._parameters:
+            if matches([entry], full := f"{owner}.{name}" if owner else name):
+                whose = f"{owner!r}, a {type(module).__name__}" if owner else f"the {type(module).__name__} itself"
+                return f"; {full!r} is a parameter, and only modules can be named: it belongs to {whose}"
+    return near(entry, filter(None, known))
 
 
 def supported() -> str:
     """The classes that targets may pick, for errors."""
     return "; ".join([bases.supported(), *(kind.supports for kind in KINDS if kind.supports)])
-
-
-def check_called(model: nn.Module, argument: str, name: str) -> None:
-    """Refuse a module whose parent reads its weight and never calls it: an adapter there would do nothing."""
-    parent = submodule(model, name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise LoraError(
-            f"{argument}: {name!r} is inside nn.MultiheadAttention, which reads its weight and never calls it, so an "
-            "adapter there would do nothing; leave it out with exclude=[...]"
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise LoraError(
-            f"{argument}: {name!r} is inside nn.TransformerEncoderLayer, whose fast path reads its weight and does not "
-            "call it in eval mode; call torch.backends.mha.set_fastpath_enabled(False) first"
-        )

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ..bases import TO_SKIP, is_quantized, offload_of
 from ..config import LoraConfig, matches
-from ..errors import LoraError, near
+from ..errors import LoraError
 from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
 from .host import LoraLayer, adapters_of, base_modules, plain_name, refresh, submodule, take_layer
-from .kind import Kind, Line, Part, check_called, hosts, register
+from .kind import Kind, Line, Part, hosts, no_module, register
 
 
 class Whole(nn.Module):
@@ -222,10 +222,11 @@ class WholeAdapters(Kind):
 def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> dict[str, tuple[str, ...]]:
     """The modules that `train` names, and the names of their parameters."""
     whole: dict[str, tuple[str, ...]] = {}
+    leaves = [name.rpartition(".")[2] for name in modules]
     for entry in config.train:
         fits = [name for name in modules if name and matches([entry], name)]
         if not fits and not loading:
-            raise LoraError(f"train: {entry!r} fits no module{near(entry, (n.rpartition('.')[2] for n in modules))}")
+            raise LoraError(f"train: {entry!r} fits no module{no_module(modules, entry, leaves)}")
         for name in fits:
             own = dict(base_parameters(modules[name]))
             whole[name] = tuple(own)
@@ -249,7 +250,6 @@ def _check(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tup
         id(p): f"{name}.{n}" for name, names in chosen.items() for n, p in base_parameters(modules[name]) if n in names
     }
     for name, names in chosen.items():
-        check_called(root, "train or bias='all'", name)
         held = [m for _, m in base_modules(modules[name]) if offload_of(m)] if any("." in n for n in names) else []
         if held or offload_of(modules[name]):
             raise LoraError(

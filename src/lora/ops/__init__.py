@@ -11,6 +11,8 @@
 | library | how an operator is told to torch |
 | recompute, philox | an input made again; a dropout mask made again |
 | frozen_linear, dequantize | the product with a quantized weight; its dense form |
+| scale, row_norms | an output scale; the norms of the rows that DoRA divides by |
+| offload | checkpoints in pinned host memory, for `prepare` |
 """
 
 from .lora_linear import add_updates_ as add_updates_

@@ -66,7 +66,7 @@ class Offload:
             return tensor
         stream = self.streams.get(tensor.device)
         if stream is None:
-            stream = self.streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+            stream = self.streams[tensor.device] = torch.cuda.Stream(tensor.device)
         parked = Parked(tensor, stream, self.last)
         self.last = weakref.ref(parked)
         return parked
