@@ -13,6 +13,7 @@ from .config import LoraConfig, matches
 from .errors import LoraWarning
 from .layers import base_modules, kind_of
 from .layers.copies import base_parameters
+from .layers.host import unwrapped
 from .targets import left_in
 
 NOTED = 0.01  # the share of a model's parameters from which it is told that "all-linear" leaves them out
@@ -45,17 +46,20 @@ def fresh_modules(root: nn.Module) -> list[str]:
     transformers marks each parameter that it reads. `resize_token_embeddings` keeps the mark of one table and not of
     another, but the model inside still says what the length was.
     """
-    loaded = {n: p.is_meta or getattr(p, "_is_hf_initialized", False) for n, p in base_parameters(root)}
+    marked = {n: getattr(p, "_is_hf_initialized", False) for n, p in base_parameters(root)}
     modules = dict(base_modules(root))
-    if not any(loaded.values()):
+    if not any(marked.values()):
         return []  # made from a config: nothing is known
+    loaded = {n: marked[n] or p.is_meta for n, p in base_parameters(root)}
     whole = {name for name, module in modules.items() if name and _is_fresh(name, module, loaded)}
     found = [name for name in whole if name.rpartition(".")[0] not in whole]
     before, after = (getattr(m, "vocab_size", None) for m in (getattr(root, "base_model", root), root))
     if isinstance(before, int) and isinstance(after, int) and before != after:
         model: Any = root
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        resized = [name for name, module in modules.items() if any(module is end for end in ends)]
+        ends = [
+            unwrapped(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
+        ]
+        resized = [name for name, module in modules.items() if module in ends]
         found = [name for name in found if name not in resized] + (resized if before < after else [])
     return [name for name in modules if name in found]
 

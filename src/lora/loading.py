@@ -21,6 +21,7 @@ from .files.settings import check_cost, from_peft, meant
 from .files.writing import repair
 from .injection import fresh_parts, install, new_adapter
 from .layers import Adapter, Part, Watch, base_modules, kind_of
+from .layers.host import unwrapped
 from .resident import unwrap
 from .saving import BASE, is_finite, keys_of
 from .targets import select
@@ -172,7 +173,8 @@ def _is_copy(own: Tensor, value: Tensor) -> bool:
 def _ends(root: nn.Module) -> dict[str, nn.Module]:
     """The embedding and the head, where transformers names them."""
     ends = [getattr(root, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    return {name: module for name, module in base_modules(root) if module in ends}
+    inner = [unwrapped(module) for module in ends if module is not None]
+    return {name: module for name, module in base_modules(root) if module in inner}
 
 
 def _trained_too(root: nn.Module, file: AdapterFile, config: LoraConfig, keys: list[str]) -> LoraConfig:
@@ -191,8 +193,8 @@ def _part_tied(parts: list[Part], names: dict[nn.Module, str], tensors: dict[str
     for host, kind, part in parts:
         for name, tensor in kind.tensors(part).items():
             key = f"{PREFIX}{names[host]}.{name}"
-            other = first.setdefault(id(tensor), key)
-            if other != key and {key, other} <= tensors.keys() and not torch.equal(tensors[key], tensors[other]):
+            other = first.setdefault(id(tensor), key) if key in tensors else key
+            if other != key and not torch.equal(tensors[key], tensors[other]):
                 kind.untie(part, name)
                 notes.append(
                     f"{key} and {other} are tied in this model and were trained apart. The adapter keeps them apart; "

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -169,8 +169,6 @@ def test_untied_peft_file_trains_on_with_both_apart(ids: Tensor, tmp_path: Path)
 
 
 def test_a_refused_untied_peft_file_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     _, folder = theirs("llama", tmp_path, apart=True)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -180,3 +178,26 @@ def test_a_refused_untied_peft_file_leaves_the_model_as_it_was(tmp_path: Path) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoraWarning)
         refused(lambda: lora.load(model, folder), model, "missing")
+
+
+def test_of_three_tied_modules_those_that_a_file_parts_are_parted(tmp_path: Path) -> None:
+    """Also where the file has no tensor of the first."""
+
+    def three(tied: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+        if tied:
+            model[2].weight = model[3].weight = model[1].weight
+        return model
+
+    names = ["1", "2", "3"]
+    model = randomize(lora.inject(three(False), r=2, targets=["0"], train=names))
+    lora.save(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.1.weight"]
+    save_file(tensors, file)
+    with pytest.warns(LoraWarning, match=r"base_model\.model\.3\.weight and base_model\.model\.2\.weight are tied"):
+        again = lora.load(three(True), tmp_path, check=False)
+    for name in ("2", "3"):
+        assert torch.equal(again.get_submodule(name).weight, tensors[f"base_model.model.{name}.weight"])

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_llama, unchanged
-from lora import LoraError
+from lora import LoraError, LoraWarning
 from lora.layers import base_modules, hosts
 from lora.layers.host import submodule
 
@@ -233,3 +234,22 @@ def test_prepare_finds_a_wrapped_head_and_wrapped_layers(ids: Tensor) -> None:
     assert not any("lm_head" in name for name, _, _ in hosts(model))
     assert "lm_head in float32" in lora.summary(model).prepared
     assert model(ids).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_head_is_known_for_one_to_a_file_of_a_resized_vocabulary(wrap: Any, tmp_path: Path) -> None:
+    lora.save(adapted(tiny_llama(), train=[]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": torch.ones(101, 48)}, file, {"format": "pt"})
+    model = wrap_linears(tiny_llama(), wrap)
+    with unchanged(model), pytest.raises(LoraError, match=r"model.resize_token_embeddings\(101\) first"):
+        lora.load(model, tmp_path)
+
+
+def test_new_rows_of_a_wrapped_head_are_told_of(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.resize_token_embeddings(105)
+    model.lm_head = checkpoint_wrapper(model.lm_head)
+    with pytest.warns(LoraWarning, match=r"train: model\.embed_tokens, lm_head of LlamaForCausalLM hold fresh values"):
+        lora.inject(model, r=2, targets=["q_proj"])
