@@ -17,25 +17,27 @@ if TYPE_CHECKING:
     from .errors import LoraError as LoraError
     from .errors import LoraWarning as LoraWarning
     from .injection import inject as inject
+    from .loading import load as load
     from .merging import merge as merge
     from .merging import unmerge as unmerge
     from .preparation import prepare as prepare
     from .report import summary as summary
-    from .saving import load as load
     from .saving import save as save
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LoraConfig": "config", "LoraError": "errors", "LoraWarning": "errors", "activate": "activation",
-    "disabled": "activation", "inject": "injection", "load": "saving", "merge": "merging", "prepare": "preparation",
+    "disabled": "activation", "inject": "injection", "load": "loading", "merge": "merging", "prepare": "preparation",
     "remove": "activation", "save": "saving", "summary": "report", "unmerge": "merging",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 
 
-def load_on_use(package: str, home: dict[str, str], names: dict[str, Any]) -> Callable[[str], Any]:
-    """A package's `__getattr__`: `home` says in which of its modules a name is, `names` are its globals."""
+def load_on_use(
+    package: str, home: dict[str, str], names: dict[str, Any]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """A package's `__getattr__` and `__dir__`: `home` says in which of its modules a name is, `names`: its globals."""
 
     def load(name: str) -> Any:
         if name not in home:
@@ -43,11 +45,7 @@ def load_on_use(package: str, home: dict[str, str], names: dict[str, Any]) -> Ca
         names[name] = value = getattr(import_module(f"{package}.{home[name]}"), name)
         return value
 
-    return load
+    return load, lambda: sorted(names["__all__"])
 
 
-__getattr__ = load_on_use(__name__, _HOME, globals())
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = load_on_use(__name__, _HOME, globals())

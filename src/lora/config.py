@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 from .errors import LoraError, near
@@ -24,7 +25,12 @@ def matches(pattern: str | Iterable[str] | None, name: str) -> bool:
 
 def lookup(patterns: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
     """What a rank or alpha pattern has under the first key (a regular expression) that fits the end of a full name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+    return next((value for key, value in patterns.items() if _ending(key).match(name)), otherwise)
+
+
+@lru_cache(1 << 14)  # an adapter may have a pattern for each module, and re keeps 512
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def scaling(module: str, alpha: float, alpha_pattern: Mapping[str, float], r: int, rslora: bool) -> float:

@@ -6,15 +6,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .bases import allow_training
+from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning, ends
-from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts
+from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_left_out
+from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
-from .left_out import tell_left_out
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
-from .targets import select
+from .targets import left_in, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -46,7 +46,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         warnings.warn(
             f"targets: None picked {list(ends(targets, names))}; name them to silence this", LoraWarning, stacklevel=2
         )
-    tell_left_out(root, config)
+    tell_left_out(root, config, lambda name: left_in(config, name))
     parts = fresh_parts(root, targets, config, loading=False)
     install(root, adapter, parts, trainable=True)
     Watch(root, adapter.name, parts)
@@ -72,7 +72,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             stacklevel=3,
         )
     first = next(iter(others.values()), None)
-    before = first.trainable_before if first else frozenset(n for n, p in root.named_parameters() if p.requires_grad)
+    before = first.trainable_before if first else frozenset(n for n, p in base_parameters(root) if p.requires_grad)
     return Adapter(name, config, before, extra or {})
 
 
@@ -82,8 +82,10 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
     A part inside a module of which another adapter has a copy is refused: while the copy acts, nothing reaches it.
     """
     parts = [part for kind in KINDS for part in kind.parts(root, targets, config, loading)]
-    covered = {outer: a for outer, _, adapters in hosts(root) for a in adapters.records if adapters.covers(a)}
+    around = [(name, adapters) for name, host, adapters in hosts(root) if len(host._modules) > 1]  # not `lora` alone
+    covered = {name: a for name, adapters in around for a in adapters.records if adapters.covers(a)}
     mine = {part.host for part in parts}
+    _check_offloaded(root, mine)
     for name in [name for name, module in base_modules(root) if module in mine] if covered else ():
         for outer, adapter in covered.items():
             if name.startswith(f"{outer}."):
@@ -92,6 +94,18 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
                     "would never run beside it; leave it out, or lora.remove that adapter first"
                 )
     return parts
+
+
+def _check_offloaded(root: nn.Module, mine: set[nn.Module]) -> None:
+    """Refuse hosts in a module whose whole content accelerate brings by name, and would look for A and B there."""
+    for outer, module in base_modules(root):
+        if (hook := offload_of(module)) is not None and hook.place_submodules:
+            for name, inner in base_modules(module):
+                if inner in mine:
+                    raise LoraError(
+                        f"model: {name or 'itself'!r} is inside {outer!r}, which accelerate offloads as one and with "
+                        "it what is put in later; dispatch the model without preload_module_classes, then inject"
+                    )
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:

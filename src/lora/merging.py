@@ -11,7 +11,7 @@ from .errors import LoraError, LoraWarning
 from .exact import How, MergedModule, MergeReport
 from .layers import Kind, base_modules, hosts
 from .layers.frozen import model_dtype
-from .resident import acting, drop, refuse_merged, resident, unwrap
+from .resident import acting, drop, refuse_merged, refuse_sharded, resident, unwrap
 
 KEPT_FLOOR = 0.99  # a merge warns where less than this share of an update survives the rounding
 SURVIVED_FLOOR = 0.5  # one that quantizes again is refused where less than this share does
@@ -43,6 +43,7 @@ def merge(
         LoraWarning: a module kept less than 99 % of its update.
     """
     root = unwrap(model)
+    refuse_sharded(model, writing=True)
     refuse_merged(root)
     names, there = acting(root), list(resident(root))
     if not names:
@@ -88,6 +89,7 @@ def unmerge(model: nn.Module) -> None:
         LoraError: not merged, or a weight, A or B changed since the merge. The model is then as it was.
     """
     root = unwrap(model)
+    refuse_sharded(model, writing=True)
     merged = [place for place in hosts(root) if place[2].undo is not None]
     if not merged:
         raise LoraError("model: it is not merged; there is nothing to take back")

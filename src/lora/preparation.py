@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers.frozen import model_dtype
-from .layers.host import base_modules
+from .layers.host import base_modules, submodule
 from .offload import Offload
 from .resident import is_merged, unwrap
 from .targets import output_heads
@@ -103,7 +103,7 @@ def prepared(root: nn.Module) -> str:
     if norms == {torch.float32} and plain not in (None, torch.float32):
         parts.append("norms in float32")
     for name in output_heads(root):
-        head = root.get_submodule(name)
+        head = submodule(root, name)
         if _cast_input in head._forward_pre_hooks.values():
             parts.append(f"{name} in {str(_dtype(head))[6:]}")
     return ", ".join(parts)
@@ -146,7 +146,7 @@ def _heads(root: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
         raise LoraError(f"head_dtype: got {dtype!r}; a floating-point torch.dtype is expected, such as torch.float32")
     if is_merged(root):
         raise LoraError("head_dtype: the model is merged, and unmerge needs its weights as they are; call it before")
-    heads = {name: root.get_submodule(name) for name in output_heads(root)}
+    heads = {name: submodule(root, name) for name in output_heads(root)}
     if not heads:
         raise LoraError(f"head_dtype: {type(root).__name__} has no output head under a known name; leave it None")
     for name, head in heads.items():

@@ -10,7 +10,7 @@ from .errors import LoraError
 from .layers import base_modules, hosts
 from .layers.frozen import model_dtype
 from .preparation import prepared
-from .resident import acting, is_merged, resident, unwrap
+from .resident import acting, is_merged, refuse_sharded, resident, unwrap
 from .tables import size, starred, table
 
 
@@ -69,6 +69,7 @@ def summary(model: nn.Module) -> Summary:
         LoraError: the model has no adapter.
     """
     root = unwrap(model)
+    refuse_sharded(model)
     if not resident(root):
         raise LoraError("model: it has no adapter; call lora.inject(model, ...) or lora.load(model, path) first")
     plain = model_dtype(root)

@@ -1,5 +1,7 @@
 """What a model carries, asked and changed over all its hosts at once; the hosts hold the state, not the model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,26 +9,40 @@ from .bases import allow_training
 from .config import check_name
 from .errors import LoraError, near
 from .layers import Adapter, hosts
+from .layers.copies import base_parameters
 from .layers.frozen import settle
-from .layers.host import activate, detach
+from .layers.host import activate, detach, unwrapped
 
 
 def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
     """The module inside torch.compile's and data-parallel wrappers, whose names are those of the checkpoint.
 
-    `changing`: parameters are about to be added, which a data-parallel wrapper would not notice.
+    `changing`: parameters are about to be added, which a data-parallel wrapper, also one inside, would not notice.
     """
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            if changing:
-                raise LoraError(f"model: {type(model).__name__} would not sync new parameters; add them, then wrap it")
-            model = model.module
-        elif isinstance(model, torch.jit.ScriptModule):
-            raise LoraError("model: a TorchScript module has fixed layers; adapt it before torch.jit.script")
-        else:
-            return model
+    root = unwrapped(model)
+    if isinstance(root, torch.jit.ScriptModule):
+        raise LoraError("model: a TorchScript module has fixed layers; adapt it before torch.jit.script")
+    for module in model.modules() if changing else ():
+        if _is_fsdp1(module) or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise LoraError(f"model: {type(module).__name__} would not sync new parameters; add them, then wrap it")
+    return root
+
+
+def refuse_sharded(model: nn.Module, writing: bool = False) -> None:
+    """Refuse to read parameters where FSDP1 has a slice of them, and to write to what it may not notice."""
+    for module in model.modules():
+        handle: Any = getattr(module, "_handle", None) if _is_fsdp1(module) else None
+        if handle is not None and (writing or handle.is_sharded(handle.flat_param)):
+            instead = (
+                "load the base and the adapter in one process and merge there"
+                if writing
+                else ("call this within FullyShardedDataParallel.summon_full_params(model), in every process")
+            )
+            raise LoraError(f"model: its parameters are sharded over several processes (FSDP1); {instead}")
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return "_fsdp_wrapped_module" in module._modules
 
 
 def check_root(root: nn.Module) -> None:
@@ -91,5 +107,5 @@ def drop(root: nn.Module, names: list[str], record: Adapter | None = None) -> No
     settle(root, carries=bool(resident(root)))
     if not resident(root):
         allow_training(root, False)
-        for parameter_name, parameter in root.named_parameters():
+        for parameter_name, parameter in base_parameters(root):
             parameter.requires_grad_(parameter_name in record.trainable_before)

@@ -15,9 +15,10 @@ from torch import nn
 import lora
 from conftest import randomize
 from lora import LoraError
-from lora.files.adapter import read, write
+from lora.files.adapter import read
 from lora.files.description import describe
 from lora.files.header import read_header
+from lora.files.writing import write
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -147,7 +148,9 @@ def test_what_safetensors_writes_the_header_reads(tmp_path: Path) -> None:
     tensors = {str(i): torch.zeros(2, 3).to(kind) for i, kind in enumerate(kinds)}
     tensors |= {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "x", {"format": "pt"})
-    entries, metadata = read_header(tmp_path / "x")
+    with (tmp_path / "x").open("rb") as source:
+        entries, metadata, raw = read_header(source, tmp_path / "x", (tmp_path / "x").stat().st_size)
+    assert (tmp_path / "x").read_bytes().startswith(raw)
     assert metadata == {"format": "pt"}
     assert {key: entry.shape for key, entry in entries.items()} == {k: tuple(t.shape) for k, t in tensors.items()}
     names = {key: entry.dtype for key, entry in entries.items()}

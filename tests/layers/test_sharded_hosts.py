@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import lora
 from conftest import randomize
 from lora import LoraError, LoraWarning
-from lora.layers import adapters_of
+from lora.layers import adapters_of, plan
 
 RANKS = 2
 CASES: dict[str, Callable[[Path], None]] = {}
@@ -250,6 +250,83 @@ def fsdp1_trains_a_module_whole(folder: Path) -> None:
 @case
 def fsdp1_trains_biases(folder: Path) -> None:
     fsdp1({"bias": "all"})
+
+
+def inside_fsdp1(model: Net, everywhere: bool) -> nn.Module:
+    """Each of two modules in a wrapper of its own; `everywhere`: and the model around them."""
+    settings: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    model.block[0] = FullyShardedDataParallel(model.block[0], **settings)
+    model.head = FullyShardedDataParallel(model.head, **settings)
+    return FullyShardedDataParallel(model, **settings) if everywhere else model
+
+
+def fsdp1_inside(folder: Path, everywhere: bool) -> None:
+    twin = adapted(train=["norm"])
+    wrapped = inside_fsdp1(adapted(train=["norm"]), everywhere)
+    same_outputs(wrapped, twin)
+    for verb in (lora.summary, lambda model: lora.save(model, folder / "a", name="a")):
+        with pytest.raises(LoraError, match=r"sharded over several processes \(FSDP1\).*summon_full_params"):
+            verb(wrapped)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        lora.save(wrapped, folder / "a", name="a")
+        assert str(lora.summary(wrapped)) == str(lora.summary(twin))
+        with pytest.raises(LoraError, match=r"\(FSDP1\); load the base and the adapter in one process and merge"):
+            lora.merge(wrapped)
+    same_outputs(wrapped, twin)
+    lora.activate(twin, "a")
+    same_outputs(lora.load(Net(), folder / "a"), twin)  # plain names, and whole values
+    with pytest.raises(LoraError, match="FullyShardedDataParallel would not sync new parameters"):
+        lora.inject(wrapped, r=2, targets=["head"], name="late")
+
+
+@case
+def fsdp1_around_modules_inside_and_the_model_has_plain_names(folder: Path) -> None:
+    fsdp1_inside(folder, everywhere=True)
+
+
+@case
+def fsdp1_around_modules_inside_alone_has_plain_names(folder: Path) -> None:
+    fsdp1_inside(folder, everywhere=False)
+
+
+class Siblings(nn.Module):
+    """Three linears of one input, which the fused path computes together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
+
+
+def siblings_each_by_itself(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = randomize(lora.inject(nn.Sequential(Siblings()), r=2, targets=["q_proj", "k_proj", "v_proj"]))
+    twin = copy.deepcopy(model)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(model[0], name, wrap(getattr(model[0], name)))
+    model = wrap(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "DEVICES", ("cpu",))
+        patch.setattr(plan, "DTYPES", (torch.float32,))
+        patch.setattr(plan, "HAS_TRITON", True)
+        same_outputs(model, twin)
+        assert falls(model)
+        for each in (model, twin):
+            lora.activate(each, None)
+        same_outputs(model, twin)
+
+
+@case
+def fsdp2_around_each_of_the_linears_that_share_an_input(folder: Path) -> None:
+    siblings_each_by_itself(fully_shard)
+
+
+@case
+def fsdp1_around_each_of_the_linears_that_share_an_input(folder: Path) -> None:
+    settings: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    siblings_each_by_itself(lambda module: FullyShardedDataParallel(module, **settings))
 
 
 def _process(rank: int, folder: Path) -> None:

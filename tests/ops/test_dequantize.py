@@ -111,7 +111,7 @@ formats = st.one_of(
 @given(formats)
 def test_format_round_trip(form: Layout) -> None:
     assert layout(str(form)) == form
-    assert form.tensors == {"int8": 2}.get(form.kind, 6 if getattr(form, "nested", 0) else 3)
+    assert len(form.parts) == {"int8": 2}.get(form.kind, 6 if getattr(form, "nested", 0) else 3)
 
 
 def test_format_text() -> None:

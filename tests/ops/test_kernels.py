@@ -146,7 +146,7 @@ def test_gemm(rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("silu", [True, False])
 def test_product(silu: bool, dtype: torch.dtype) -> None:
-    from lora.kernels.product import product
+    from lora.kernels.copies import product
 
     left, right = random(63, 341).to(dtype), random(341, 63).to(dtype).view(63, 341)
     truth = (torch.nn.functional.silu(left.double()) if silu else left.double()) * right.double()
@@ -220,7 +220,7 @@ def test_mask_is_the_references(p: float) -> None:
 @pytest.mark.parametrize("shape", [(63, 341), (5, 256), (1, 1), (0, 341)])
 def test_dropped(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """A masked copy has the bits of x where the mask keeps them, and zeros elsewhere."""
-    from lora.kernels.masked_copy import dropped
+    from lora.kernels.copies import dropped
 
     rows, columns = shape
     seed, limit, _, mask = dropout(0.3, rows, columns)

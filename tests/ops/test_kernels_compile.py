@@ -135,10 +135,9 @@ def test_gemm_on_hopper() -> None:
 
 
 def test_the_kernels_without_shared_blocks(card: tuple[int, int]) -> None:
+    from lora.kernels.copies import dropped_kernel, product_kernel
     from lora.kernels.dequantize import FOUR_BIT, INT8, dequantize_4bit_kernel, dequantize_int8_kernel
     from lora.kernels.expand import expand_kernel
-    from lora.kernels.masked_copy import dropped_kernel
-    from lora.kernels.product import product_kernel
     from lora.kernels.reduce import reduce_kernel
     from lora.kernels.scale import COLUMNS, ROWS, scale_backward_kernel, scale_kernel
 

@@ -58,6 +58,7 @@ def test_a_zero_update_leaves_the_norm(dtype: torch.dtype) -> None:
 
 
 def test_an_update_that_takes_the_weight_away_leaves_a_number() -> None:
+    torch.manual_seed(0)  # how much is left is rounding, and differs from draw to draw
     A, B = torch.randn(4, 40), torch.randn(30, 4)
     got = row_norms(-(B @ A), [(A, B, 1.0)])
     assert got.isfinite().all() and (got <= 1e-2).all()

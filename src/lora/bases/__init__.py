@@ -4,6 +4,8 @@ from .dense import Dense as Dense
 from .dense import Table, Transposed
 from .eight_bit import EightBit
 from .four_bit import FourBit
+from .offloaded import brought as brought
+from .offloaded import offload_of as offload_of
 from .others import TO_SKIP as TO_SKIP
 from .others import other_quantizer as other_quantizer
 from .weight import FrozenWeight as FrozenWeight

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import listed
 from ..ops.dequantize import dequantize, element
+from .offloaded import running_device
 
 # The tensors that store a weight, and how: `str(ops.dequantize.Layout)`, or "" for a plain matrix.
 Stored = tuple[list[Tensor], str]
@@ -50,6 +51,11 @@ class FrozenWeight(ABC):
     def parameter(self) -> Tensor:
         """The parameter that stores it, in its own layout."""
         return self.module._parameters["weight"]  # type: ignore[no-any-return]  # quicker than `.weight`, each step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes with it, which is where an adapter's part belongs."""
+        return running_device(self.module, self.parameter)
 
     @property
     @abstractmethod

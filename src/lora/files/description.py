@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import scaling
+from ..config import LoraConfig, scaling
 from ..tables import size, starred, table
-from .adapter import AdapterFile, read
-from .header import PREFIX, Entry
+from .adapter import AdapterFile, reading
+from .bounded import clip
+from .header import CONFIG_FILE, PREFIX, Entry
+from .settings import check_cost, config_of
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 
@@ -62,23 +64,23 @@ class Description:
         lines = [
             table(["target", "modules", "A", "B", "r", "scaling", "parameters"], rows),
             f"total {self.parameters:,} parameters, {self.file.nbytes:,} bytes, {', '.join(dtypes)}",
-            f"base model: {self.file.config.get('base_model_name_or_path') or 'not recorded'}",
+            f"base model: {clip(self.file.config.get('base_model_name_or_path') or 'not recorded', 200)}",
             self._settings(),
             f"checksum: {_CHECKSUM[self.file.verified]}",
         ]
-        lines += [f"INCOMPLETE: {module} has only one of A and B" for module in self.incomplete]
+        lines += [f"INCOMPLETE: {clip(module, 200)} has only one of A and B" for module in self.incomplete]
         return "\n".join(lines)
 
     def _settings(self) -> str:
-        config = self.file.config
+        config, found = self.file.config, config_of(self.file.config, CONFIG_FILE)
         parts = [f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout', 0)}"]
         parts += [name for key, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if config.get(key)]
         if config.get("lora_update"):
-            parts.append(f"update {config['lora_update']}")
-        if config.get("bias", "none") != "none":
-            parts.append(f"bias {config['bias']}")
-        if config.get("modules_to_save"):
-            parts.append(f"trained whole: {', '.join(config['modules_to_save'])}")
+            parts.append(f"update {clip(found.update)}")
+        if found.bias != "none":
+            parts.append(f"bias {found.bias}")
+        if found.train:
+            parts.append(f"trained whole: {clip(', '.join(found.train), 300)}")
         return "settings: " + ", ".join(parts)
 
 
@@ -88,34 +90,39 @@ def describe(folder: Path) -> Description:
     Raises:
         LoraError: a file is missing, is not what its name says, or is no LoRA adapter.
     """
-    file = read(folder)
+    return reading(folder, _description)
+
+
+def _description(file: AdapterFile) -> Description:
+    file.verified  # noqa: B018  (from the state of the folder that the rest is from)
+    where = str(file.folder / CONFIG_FILE)
+    config = config_of(file.config, where)
     halves: dict[str, dict[str, Entry]] = {}
     targets: dict[tuple[Any, ...], Target] = {}
     others: dict[tuple[Any, ...], Target] = {}
     for key, entry in file.entries.items():
         name = key.removeprefix(PREFIX)
-        match = _HALF.fullmatch(name)
+        match = _HALF.fullmatch(name) if entry.shape else None
         if match is None:
-            others.setdefault((starred(name), entry), Target(starred(name), entry)).modules += 1
+            shown = clip(starred(name), 200)
+            others.setdefault((shown, entry), Target(shown, entry)).modules += 1
         else:
             halves.setdefault(match["module"], {})[match["half"]] = entry
+    check_cost(config, list(halves), where)
     incomplete = sorted(module for module, pair in halves.items() if len(pair) == 1)
     for module in sorted(halves.keys() - set(incomplete), key=_natural):
         a, b = halves[module]["A"], halves[module]["B"]
-        found = starred(module), a, b, _scaling(module, a, file.config)
+        found = clip(starred(module), 200), a, b, _scaling(module, a, config)
         targets.setdefault(found, Target(*found)).modules += 1
     return Description(file, list(targets.values()), list(others.values()), incomplete)
 
 
-def _scaling(module: str, a: Entry, config: dict[str, Any]) -> float | None:
-    """None where the file says no number."""
-    try:
-        pattern = config.get("alpha_pattern") or {}
-        return scaling(module, config["lora_alpha"], pattern, a.shape[0], bool(config.get("use_rslora")))
-    except (LookupError, TypeError, ArithmeticError, re.error):
-        return None
+def _scaling(module: str, a: Entry, config: LoraConfig) -> float | None:
+    """None for an update of no rank."""
+    assert config.alpha is not None
+    return scaling(module, config.alpha, config.alpha_pattern, a.shape[0], config.rslora) if a.shape[0] else None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tuning import cdiv
+from .tuning import Config, cdiv
 
 # WORDS: 32-bit words of eight weights a program; COLUMNS: weights of a row a program. Measured on one H200. Two to four
 # words a thread are in flight together: the loads of one alone would not cover the memory's latency.
 FOUR_BIT = {"WORDS": 256, "warps": 4}
 INT8 = {"COLUMNS": 4096, "warps": 8}
+Launch = Callable[[Tensor], Tensor]
 
 
 @triton.jit
@@ -105,9 +106,7 @@ def dequantize_int8_kernel(codes_ptr, scales_ptr, out_ptr, columns, chunks, COLU
     tl.store(out_ptr + start + column, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def four_bit(
-    n: int, parts: Sequence[Tensor], block: int, nested: int, config: dict[str, int] | None = None
-) -> Callable[[Tensor], Tensor]:
+def four_bit(n: int, parts: Sequence[Tensor], block: int, nested: int, config: Config | None = None) -> Launch:
     """A function that writes the n weights that the parts store into a tensor (out, in), contiguous, and returns that.
 
     Args:
@@ -136,7 +135,7 @@ def four_bit(
     return launch
 
 
-def int8(codes: Tensor, scales: Tensor, config: dict[str, int] | None = None) -> Callable[[Tensor], Tensor]:
+def int8(codes: Tensor, scales: Tensor, config: Config | None = None) -> Launch:
     """A function that writes codes * (scales / 127) into a tensor (R, C), and returns that.
 
     Args:

@@ -42,7 +42,6 @@ def expand_(out: Tensor, g: Tensor, a: Tensor, seed: Tensor, threshold: int) -> 
         return out
     expand_kernel[cdiv(n, 32), cdiv(columns, 256)](
         g, a, seed, out, n, columns, rank, g.stride(0), a.stride(0), out.stride(0), threshold,
-        BM=32, BR=min(64, power_of_two(rank)),
-        PRECISION=precision(g), num_warps=4, num_stages=2,
+        BM=32, BR=min(64, power_of_two(rank)), PRECISION=precision(g), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

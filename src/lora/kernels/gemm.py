@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tuning import card, cdiv, gemm_config
+from .tuning import Config, card, cdiv, gemm_config
 
 
 @triton.jit
@@ -44,9 +44,7 @@ def can_describe(*tensors: Tensor) -> bool:
     return all(t.stride(1) == 1 and not (t.stride(0) * t.element_size() | t.data_ptr()) % 16 for t in tensors)
 
 
-def gemm_(
-    y: Tensor, x: Tensor, w: Tensor, h: Tensor, b: Tensor, config: dict[str, int] | None = None
-) -> Tensor:  # fmt: skip
+def gemm_(y: Tensor, x: Tensor, w: Tensor, h: Tensor, b: Tensor, config: Config | None = None) -> Tensor:
     """Write x w + h b into y (n, width): x (n, depth), w (depth, width), h (n, R), b (R, width), as `can_describe`."""
     (n, depth), rank, width = x.shape, h.shape[1], y.shape[1]
     if n == 0:

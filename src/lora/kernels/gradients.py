@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reduce import BLOCK, summed
-from .tuning import cdiv, gradients_config, precision
+from .tuning import Config, cdiv, gradients_config, precision
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def finish_kernel(
 
 def gradients_(
     g: Tensor, dB: Tensor, dy: Tensor, h: Tensor, b: Tensor, scales: Tensor, inv_keep: float,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
     """Write scales * inv_keep * dy b into g (n, R), of any row stride, and dy^T h into dB (N, R) fp32, contiguous.
 

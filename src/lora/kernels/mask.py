@@ -1,10 +1,7 @@
-"""The seeded dropout mask in registers: Philox2x32 of 7 rounds (Salmon et al., 2011), one call for eight elements.
+"""The seeded dropout mask in registers, to the bit that of `ops/philox.py`, which says how it is drawn.
 
-With `group, lane = divmod(col, 256)` and `part, c = divmod(lane, 32)`, element (row, col) takes the part-th byte of the
-two words that the counter (row, 32 group + c) gives, and stays if that byte is at least the call's limit. The limit is
-the upper byte of the 16-bit `threshold`, one more in (lower byte) / 256 of the calls, by a byte of an eighth round: so
-each element is dropped with probability threshold / 65536, at half the arithmetic of 16 bits an element. Columns 32
-apart share a call, so that the thread that draws a word also uses it. `ops/philox.py` is the same in torch.
+A byte an element takes half the arithmetic of 16 bits. Columns 32 apart share a call, so that the thread that draws a
+word also uses it.
 """
 
 import triton

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .mask import load_group
 from .reduce import reduce_
-from .tuning import cdiv, outer_config, precision
+from .tuning import Config, cdiv, outer_config, precision
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -39,7 +39,7 @@ def outer_kernel(
 
 def outer_(
     out: Tensor, p: Tensor, x: Tensor, seed: Tensor | None = None, threshold: int = 0,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Write p^T dropout(x) into out, (R, K) fp32 and contiguous.
 

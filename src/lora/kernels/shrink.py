@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .mask import load_group
 from .reduce import reduce_
-from .tuning import cdiv, precision, shrink_config
+from .tuning import Config, cdiv, precision, shrink_config
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -52,7 +52,7 @@ def shrink_kernel(
 
 def shrink_(
     out: Tensor, x: Tensor, w: Tensor, scales: Tensor, seed: Tensor | None, threshold: int, inv_keep: float,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Write scales * inv_keep * dropout(x) w^T into out.
 

@@ -25,6 +25,7 @@ OUTER = {  # rows a step, ranks, slabs of rows (narrow, wide), warps, stages
     (64, True): (32, 64, (16, 4), 4, 3),
 }
 GRADIENTS = {16: (256, 512), 32: (256, 256)}  # ranks up to: columns a program (up to 2048 columns, more)
+Config = dict[str, int]
 WIDE = 8192  # columns from which on the second number holds
 
 
@@ -38,11 +39,6 @@ class Card(NamedTuple):
 def card(device: torch.device) -> Card:
     properties: Any = torch.cuda.get_device_properties(device)
     return Card(properties.major, properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def _fitting(stages: int, size: int, memory: int) -> int:
-    """As many stages of that size as the memory holds, at least one."""
-    return max(1, min(stages, memory // size))
 
 
 def precision(x: Tensor) -> str:
@@ -60,41 +56,41 @@ def power_of_two(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _entry(
-    table: dict[tuple[int, bool], tuple[int, int, tuple[int, int], int, int]], x: Tensor, rank: int, dropout: bool
-) -> tuple[int, int, int, int, int]:
+def _config(
+    table: dict[tuple[int, bool], tuple[int, int, tuple[int, int], int, int]], step: str, x: Tensor, rank: int,
+    dropout: bool,
+) -> Config:  # fmt: skip
+    """What the table has, in as many stages as the card's memory holds; `step`: what its kernel calls the rows."""
     limits = [top for top, drops in table if drops == dropout]
     limit = min((top for top in limits if rank <= top), default=max(limits))
     rows, ranks, parts, warps, stages = table[limit, dropout]
     ranks = min(ranks, power_of_two(rank))
     if x.is_cuda:
-        stages = _fitting(stages, (rows + ranks) * 256 * x.element_size(), card(x.device).memory)
-    return rows, ranks, parts[x.shape[1] > WIDE], warps, stages
+        stages = max(1, min(stages, card(x.device).memory // ((rows + ranks) * 256 * x.element_size())))
+    return {step: rows, "BR": ranks, "SPLITS": parts[x.shape[1] > WIDE], "warps": warps, "stages": stages}
 
 
-def shrink_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
+def shrink_config(x: Tensor, rank: int, dropout: bool) -> Config:
     """BM rows and BR ranks a program, SPLITS parts of the columns."""
-    rows, ranks, parts, warps, stages = _entry(SHRINK, x, rank, dropout)
-    return {"BM": rows, "BR": ranks, "SPLITS": parts, "warps": warps, "stages": stages}
+    return _config(SHRINK, "BM", x, rank, dropout)
 
 
-def outer_config(x: Tensor, rank: int, dropout: bool) -> dict[str, int]:
+def outer_config(x: Tensor, rank: int, dropout: bool) -> Config:
     """BN rows a step, BR ranks a program, SPLITS slabs of rows."""
-    rows, ranks, parts, warps, stages = _entry(OUTER, x, rank, dropout)
-    return {"BN": rows, "BR": ranks, "SPLITS": parts, "warps": warps, "stages": stages}
+    return _config(OUTER, "BN", x, rank, dropout)
 
 
-def gradients_config(dy: Tensor, rank: int) -> dict[str, int]:
+def gradients_config(dy: Tensor, rank: int) -> Config:
     """BM rows a step, BC columns a program, BR ranks; rows are cut so that a multiprocessor has one program."""
     rows, ranks, stages, processors = 64, power_of_two(rank), 4, 4
     columns = GRADIENTS[ranks][dy.shape[1] > 2048]
     if dy.is_cuda:
         _, processors, memory = card(dy.device)
-        size = dy.element_size()
-        stages = _fitting(stages, rows * (columns + ranks) * size, memory - columns * ranks * size)
+        left = memory // dy.element_size() - columns * ranks
+        stages = max(1, min(stages, left // (rows * (columns + ranks))))
     return {"BM": rows, "BC": columns, "BR": ranks, "programs": processors, "warps": 8, "stages": stages}
 
 
-def gemm_config() -> dict[str, int]:
+def gemm_config() -> Config:
     """The tile of the large product, on Hopper alone."""
     return {"BM": 128, "BN": 256, "BK": 64, "GROUP_M": 8, "warps": 8, "stages": 3}

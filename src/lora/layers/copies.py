@@ -9,7 +9,7 @@ from torch import nn
 
 from ..bases import is_quantized
 from .frozen import FrozenLinear
-from .host import adapters_of, base_modules, take_layer
+from .host import adapters_of, base_modules, submodule, take_layer
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -62,7 +62,7 @@ def materialize_(module: nn.Module, trained: Iterable[str]) -> None:
     """Room in memory for trained parameters that are on the meta device, before a file fills them."""
     for name in trained:
         owner, _, leaf = name.rpartition(".")
-        inner = module.get_submodule(owner)
+        inner = submodule(module, owner)
         parameter = inner.get_parameter(leaf)
         if parameter.is_meta:
             inner._parameters[leaf] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))

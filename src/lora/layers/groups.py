@@ -145,6 +145,9 @@ def _joins(member: nn.Module, host: nn.Module, x: Tensor) -> bool:
     its: Any = adapters_of(member)
     if its is None or not its.terms or its.undo is not None or member.training != host.training:
         return False
+    own, weight = mine.frozen.parameter, its.frozen.parameter
+    if type(weight) is not type(own) or weight.dim() != own.dim():
+        return False  # FSDP has gathered the host that was called, and not yet this one
     if plan(member, its, x).path != "fused" or its.frozen.parameter.device != x.device or its.scaled != mine.scaled:
         return False
     if its.quantized != mine.quantized or its.frozen.compute_dtype(x) != mine.frozen.compute_dtype(x):

@@ -142,14 +142,45 @@ def adapters_of(module: nn.Module) -> Adapters | None:
     return child if isinstance(child, Adapters) else None
 
 
+# The one child of torch.compile's, checkpoint_wrapper's and FSDP1's module around another.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers that torch puts around one, or the module itself."""
+    while len(children := module._modules) == 1:
+        ((name, child),) = children.items()
+        data_parallel = isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        if child is None or not (name in _WRAPPED or data_parallel):
+            break
+        module = child
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A name of torch's without the names of such wrappers; of data parallelism no module inside a host has one."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name as `base_modules` gives it."""
+    module = unwrapped(model)
+    for part in name.split(".") if name else ():
+        module = unwrapped(module._modules[part])  # type: ignore[arg-type]
+    return module
+
+
 def base_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without the adapters' own modules: what the model had before any adapter.
 
-    A module that is shared comes once, under its first name, or under each with `every_name`.
+    A wrapper is passed over, and its name is no part of a name: the names are those of the checkpoint, wherever
+    torch.compile, checkpointing or data parallelism came between. A module that is shared comes once, under its first
+    name, or under each with `every_name`.
     """
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
         if isinstance(module, Adapters) or (module in seen and not every_name):
             return
         seen.add(module)

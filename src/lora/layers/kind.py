@@ -94,6 +94,11 @@ class Kind(Adapters):
         raise NotImplementedError
 
     @classmethod
+    def untie(cls, part: Any, key: str) -> None:
+        """Give a part a tensor of its own in place of one that is tied to another's: a file parts the two."""
+        raise NotImplementedError
+
+    @classmethod
     def weight(cls, host: nn.Module) -> FrozenWeight | None:
         """The frozen weight that an adapter here belongs to, of which a file keeps a fingerprint."""
         return None

@@ -74,5 +74,5 @@ class LinearAdapters(MatrixKind):
 
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
         dtype = plain if self.quantized and plain is not None else self.frozen.dtype  # those may compute in x's
-        x = torch.empty(0, dtype=dtype, device=self.frozen.parameter.device)
+        x = torch.empty(0, dtype=dtype, device=self.frozen.device)
         return groups.words(host, self, x)

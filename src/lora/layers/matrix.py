@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import exact
-from ..bases import FrozenWeight, keeps_forward, other_quantizer, weight_of
+from ..bases import FrozenWeight, brought, keeps_forward, other_quantizer, weight_of
 from ..config import LoraConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
@@ -97,8 +97,9 @@ class MatrixKind(Kind):
             bias = module._parameters.get("bias")
             if config.bias != "none" and bias is not None:
                 device = part.pairs()[0][0].device
-                values = torch.empty(bias.shape, device=device) if loading else bias.detach()
-                part.bias = nn.Parameter(values.to(torch.float32, copy=True))
+                with brought(module):
+                    values = torch.empty(bias.shape) if loading else module.get_parameter("bias").detach()
+                    part.bias = nn.Parameter(values.to(device, torch.float32, copy=True))
             parts.append(Part(module, cls, part))
         return parts
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import LoraError
-from .host import original_class
+from .host import original_class, submodule
 
 HARMLESS = ("weight", "bias", "in_features", "out_features", "num_embeddings", "embedding_dim")
 ENUMERATES = ("children", "named_children", "modules", "named_modules", "get_submodule", "_modules", "__dict__")
@@ -37,7 +37,7 @@ def never_called(modules: dict[str, nn.Module], name: str) -> bool:
 
 def check_fast_path(model: nn.Module, name: str) -> None:
     """Refuse a target that torch's fast path for inference reads and passes by."""
-    parent = model.get_submodule(name.rpartition(".")[0])
+    parent = submodule(model, name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise LoraError(
             f"targets: {name!r} is inside nn.TransformerEncoderLayer, whose fast path reads its weight and does not "

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import matches
 from ..errors import LoraWarning, ends, listed
-from .host import base_modules
+from .host import base_modules, submodule
 from .kind import Kind, Part, hosts
 
 PATIENCE = 8
@@ -101,6 +101,6 @@ def _stands_in(root: nn.Module, name: str, reached: set[str]) -> bool:
     for i in range(1, len(path) - 1):
         around = ".".join(path[:i])
         members = {n.removeprefix(f"{around}.").split(".")[0] for n in reached if n.startswith(f"{around}.")}
-        if isinstance(root.get_submodule(around), nn.ModuleList) and members and path[i] not in members:
+        if isinstance(submodule(root, around), nn.ModuleList) and members and path[i] not in members:
             return True
     return False

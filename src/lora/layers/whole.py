@@ -2,28 +2,35 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..bases import TO_SKIP, is_quantized
+from ..bases import TO_SKIP, is_quantized, offload_of
 from ..config import LoraConfig, matches
 from ..errors import LoraError
 from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
 from .frozen import FrozenLinear
-from .host import LoraLayer, adapters_of, base_modules, refresh, take_layer
+from .host import LoraLayer, adapters_of, base_modules, plain_name, refresh, submodule, take_layer
 from .kind import Kind, Line, Part, hosts, no_module, register
 
 
 class Whole(nn.Module):
-    """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own."""
+    """One adapter's copy of a module. `trained`: the names of its parameters that train; others are the base's own.
+
+    `untied`: of those, the ones whose like in the base is tied to another, from whose copy a file parts them.
+    """
+
+    # transformers' save_pretrained writes tensors that share memory once, under the name that fits none of these.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"module": "module"}
 
     def __init__(self, module: nn.Module, trained: tuple[str, ...]) -> None:
         super().__init__()
         self.module = module
         self.trained = trained
+        self.untied: tuple[str, ...] = ()
 
 
 def _by_name(depth: int = 2) -> bool:
@@ -152,14 +159,22 @@ class WholeAdapters(Kind):
 
     @classmethod
     def trained(cls, part: Whole) -> list[nn.Parameter]:
-        own = dict(part.module.named_parameters(remove_duplicate=False))
+        own = dict(base_parameters(part.module))
         return [own[name] for name in part.trained]
 
     @classmethod
     def tensors(cls, part: Whole) -> dict[str, Tensor]:
-        state = part.module.state_dict(keep_vars=True)
-        frozen = dict(part.module.named_parameters(remove_duplicate=False)).keys() - set(part.trained)
+        module = part.module
+        frozen = {plain_name(n) for n, _ in module.named_parameters(remove_duplicate=False)} - set(part.trained)
+        state = {plain_name(n): tensor for n, tensor in module.state_dict(keep_vars=True).items()}
         return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+    @classmethod
+    def untie(cls, part: Whole, key: str) -> None:
+        owner, _, leaf = key.rpartition(".")
+        inner = submodule(part.module, owner)
+        inner._parameters[leaf] = nn.Parameter(inner.get_parameter(leaf).detach().clone())
+        part.untied += (key,)
 
     @classmethod
     def line(cls, part: Whole) -> Line:
@@ -176,6 +191,10 @@ class WholeAdapters(Kind):
     def covers(self, adapter: str) -> bool:
         return any("." in trained for trained in self[adapter].trained)
 
+    def written(self, host: nn.Module) -> list[Tensor]:
+        base = dict(base_parameters(host))
+        return [base[key] for key in self.terms[-1].untied]  # the others' copies are tied as they are
+
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
         self.undo = Undo()  # the host has the copy's values and the copy the host's
@@ -190,12 +209,13 @@ class WholeAdapters(Kind):
     def _exchange(self, host: nn.Module, how: How) -> Tensor:
         """Exchange the values of the base's tensors with those of the acting copy; tied ones only once."""
         copy = self.terms[-1].module
-        theirs = dict(host.named_parameters()) | dict(host.named_buffers())
-        own = [(n, t) for n, t in [*copy.named_parameters(), *copy.named_buffers()] if t is not theirs[n]]
-        for n, mine in own:
-            if id(mine) not in how.exchanged:
-                how.exchanged.add(id(mine))
-                mine.data, theirs[n].data = theirs[n].data, mine.data
+        theirs = {plain_name(n): t for n, t in [*host.named_parameters(), *host.named_buffers()]}
+        mine = {plain_name(n): t for n, t in [*copy.named_parameters(), *copy.named_buffers()]}
+        own = [(n, t) for n, t in mine.items() if t is not theirs[n]]
+        for n, tensor in own:
+            if id(tensor) not in how.exchanged:
+                how.exchanged.add(id(tensor))
+                tensor.data, theirs[n].data = theirs[n].data, tensor.data
         return own[0][1]
 
 
@@ -230,6 +250,12 @@ def _check(root: nn.Module, modules: dict[str, nn.Module], chosen: dict[str, tup
         id(p): f"{name}.{n}" for name, names in chosen.items() for n, p in base_parameters(modules[name]) if n in names
     }
     for name, names in chosen.items():
+        held = [m for _, m in base_modules(modules[name]) if offload_of(m)] if any("." in n for n in names) else []
+        if held or offload_of(modules[name]):
+            raise LoraError(
+                f"train or bias='all': {name!r} is offloaded by accelerate, so that a copy of it would have no values; "
+                "keep it on a device (device_map), or leave it out"
+            )
         if hasattr(modules[name], "lora") and adapters_of(modules[name]) is None:
             raise LoraError(f"train: {name!r} has an attribute `lora` that is not ours; rename it")
         for inner, _, adapters in hosts(modules[name]):

@@ -42,13 +42,8 @@ def once(function: Callable[..., Any]) -> Any:
         if not torch.is_grad_enabled():
             return function(ctx, *grads)
         with torch.no_grad():  # create_graph=True
-            found = list(function(ctx, *grads))
-        places = [i for i, value in enumerate(found) if value is not None]
-        start = torch.empty(0, requires_grad=True)
-        ends = _End.apply(start, *(found[i] for i in places))
-        for i, value in zip(places, ends, strict=True):
-            found[i] = value
-        return tuple(found)
+            found = function(ctx, *grads)
+        return _End.apply(torch.empty(0, requires_grad=True), *found)
 
     return loud
 
@@ -57,8 +52,8 @@ class _End(torch.autograd.Function):
     """Gradients as they are; whoever differentiates them is told that it cannot be done."""
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.clone() for gradient in gradients)
+    def forward(ctx: Any, start: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if gradient is None else gradient.clone() for gradient in gradients)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -113,11 +108,9 @@ class Products(torch.autograd.Function):
     """y_i = x W_i^T + b_i + h_i B_i^T from x and h, and the gradients of the biases; `Held` gives those of the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: Call, inputs: tuple[Tensor, Tensor], biases: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, x_and_h: tuple[Tensor, Tensor], biases: int, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        return tuple(form(inputs[0]).products(*inputs, call, list(tensors[:biases])))
+        return tuple(form(x_and_h[0]).products(*x_and_h, call, list(tensors[:biases])))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -151,19 +144,14 @@ def bias_gradients(dys: Sequence[Tensor | None], needs: Sequence[bool]) -> Grads
 
 def master_gradients(found: list[Tensor], masters: list[tuple[torch.Size, torch.dtype]]) -> Grads:
     """The gradients of every A, then of every B, in their own dtypes, from [dA, dB_i ...] stacked by target."""
-    dA, *dBs = found
-    shapes_A, shapes_B = masters[: len(masters) // 2], iter(masters[len(masters) // 2 :])
     grads: Grads = []
-    start = 0
-    for shape, dtype in shapes_A:
-        grads.append(dA[start : start + shape[0]].to(dtype))
-        start += shape[0]
-    for dB in dBs:
-        start = 0
-        while start < dB.shape[1]:
-            shape, dtype = next(shapes_B)
-            grads.append(dB[:, start : start + shape[1]].to(dtype))
-            start += shape[1]
+    left = iter(masters)
+    for i, stacked in enumerate(found):
+        dim, start = min(i, 1), 0  # A by rows, B by columns
+        while start < stacked.shape[dim]:
+            shape, dtype = next(left)
+            grads.append(stacked.narrow(dim, start, shape[dim]).to(dtype))
+            start += shape[dim]
     return grads
 
 

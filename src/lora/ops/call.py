@@ -1,8 +1,4 @@
-"""What one call of several linears of one input computes with: a frozen value that every form of it takes.
-
-`reference.py` has the plain-torch form, `launch.py` the kernels', `autograd.py` and `operator.py` the gradients around
-both. Only the operator's schema has it flat.
-"""
+"""What one call of several linears of one input computes with: a frozen value, flat in the operator's schema alone."""
 
 import itertools
 from collections.abc import Sequence
@@ -27,7 +23,7 @@ class Matrices:
         self.packed: list[Packed] = []
         start = 0
         for text in formats.split(";") if formats else ():
-            end = start + layout(text).tensors
+            end = start + len(layout(text).parts)
             self.packed.append(Packed(tensors[start:end], text))
             start = end
 

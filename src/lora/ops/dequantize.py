@@ -55,11 +55,6 @@ class Layout(ABC):
         """What writes the weight on CUDA in place of `dense`, from parts there; None: there is no kernel for it."""
         return None
 
-    @property
-    def tensors(self) -> int:
-        """How many tensors store such a weight."""
-        return len(self.parts)
-
     def __str__(self) -> str:
         return layout_text(self.kind, self.shape, *(getattr(self, field.name) for field in fields(self)[2:]))
 
@@ -94,11 +89,7 @@ def layout(text: str) -> Layout:
 
 def layout_text(kind: str, shape: tuple[int, int], *numbers: int) -> str:
     """`str(Layout(...))`, for each forward pass: cached nowhere, since what compiled code reads must not grow."""
-    text = f"{kind}:{shape[0]}x{shape[1]}"
-    for number in numbers:
-        if number:
-            text += f":{number}"
-    return text
+    return f"{kind}:{shape[0]}x{shape[1]}" + "".join([f":{number}" for number in numbers if number])
 
 
 def dequantize(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
@@ -129,12 +120,11 @@ class Packed:
     def __init__(self, parts: Sequence[Tensor], format: str) -> None:
         self.parts, self.form = parts, layout(format)
         expected = self.form.parts
-        fits = len(parts) == len(expected)
-        if fits:  # a loop: every product over a quantized weight comes through here
-            for t, (size, dtype) in zip(parts, expected, strict=True):
-                elements_fit = t.numel() == size and t.dtype == dtype if dtype else t.numel() * t.itemsize == size
-                fits = fits and elements_fit
-        if not fits:
+        wrong = [
+            t for t, (size, dtype) in zip(parts, expected, strict=False)
+            if (t.numel() != size or t.dtype != dtype if dtype else t.numel() * t.itemsize != size)
+        ]  # fmt: skip
+        if wrong or len(parts) != len(expected):
             raise LoraError(
                 f"parts = {[(tuple(t.shape), t.dtype) for t in parts]}; allowed for {format}, as elements and dtype "
                 f"(None: bytes): {expected}; take them from the weight and its quantization state"
@@ -158,12 +148,8 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _dense(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    return Packed(parts, format).dense(dtype)
-
-
-def _fake(parts: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    return parts[0].new_empty(Packed(parts, format).form.shape, dtype=dtype)
-
-
-define("dequantize(Tensor[] parts, str format, ScalarType dtype) -> Tensor", _dense, _fake)
+define(
+    "dequantize(Tensor[] parts, str format, ScalarType dtype) -> Tensor",
+    lambda parts, format, dtype: Packed(parts, format).dense(dtype),
+    lambda parts, format, dtype: parts[0].new_empty(Packed(parts, format).form.shape, dtype=dtype),
+)

@@ -26,28 +26,18 @@ def frozen_linear(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor 
             would be wrong.
     """
     refuse_transforms()
-    if not (x.dim() == 2 or (x.dim() == 3 and bias is None and _are_rows(x))):
-        rows = x.reshape(-1, x.shape[-1])
-        y = _product(rows, parts, format, bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
-    return _product(x, parts, format, bias)
-
-
-def _are_rows(x: Tensor) -> bool:
-    """Whether torch takes (a, b, in) as one product, whose result is then no view, which nobody could change in place.
-
-    Without a bias only; and a contiguous tensor may have other strides still, where a dimension is 1.
-    """
-    return x.is_contiguous() and x.stride(0) == x.stride(1) * x.shape[1]
-
-
-def _product(x: Tensor, parts: Sequence[Tensor], format: str, bias: Tensor | None) -> Tensor:
-    y: Tensor = (
-        _Product.apply(Packed(parts, format), x, bias)
-        if is_plain(x)
-        else torch.ops.lora.frozen_linear(x, list(parts), format, bias)
+    # torch takes (a, b, in) without a bias as one product if its rows follow each other, which a contiguous tensor's
+    # need not where a dimension is 1. The result is then no view, which nobody could change in place.
+    whole = x.dim() == 2 or (
+        x.dim() == 3 and bias is None and x.is_contiguous() and x.stride(0) == x.stride(1) * x.shape[1]
     )
-    return y
+    rows = x if whole else x.reshape(-1, x.shape[-1])
+    y: Tensor
+    if is_plain(rows):
+        y = _Product.apply(Packed(parts, format), rows, bias)
+    else:
+        y = torch.ops.lora.frozen_linear(rows, list(parts), format, bias)
+    return y if whole else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):
@@ -64,26 +54,14 @@ class _Product(torch.autograd.Function):
         _, needs_x, needs_bias = ctx.needs_input_grad
         if needs_x:
             unchanged(ctx.weight.parts, ctx.versions)
-        return None, _dx(dy, ctx.weight) if needs_x else None, _bias_gradient(dy) if needs_bias else None
+        return None, _dx(dy, ctx.weight) if needs_x else None, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
 def _dx(dy: Tensor, weight: Packed) -> Tensor:
     return (dy.reshape(-1, dy.shape[-1]) @ weight.dense(dy.dtype)).view(*dy.shape[:-1], weight.form.shape[1])
 
 
-def _bias_gradient(dy: Tensor) -> Tensor:
-    return dy.sum(list(range(dy.dim() - 1)))
-
-
 # The operator, for calls that are traced.
-
-
-def _run(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
-    return linear(x, Packed(parts, format).dense(x.dtype), bias)
-
-
-def _run_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
-    return _dx(dy, Packed(parts, format))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,17 +71,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, _, _, needs_bias = ctx.needs_input_grad
     dx = torch.ops.lora.frozen_linear_backward(dy, ctx.parts, ctx.format) if needs_x else None
-    return dx, [None] * len(ctx.parts), None, _bias_gradient(dy) if needs_bias else None
+    return dx, [None] * len(ctx.parts), None, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
-def _fake(x: Tensor, parts: list[Tensor], format: str, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], layout(format).shape[0])
-
-
-def _fake_backward(dy: Tensor, parts: list[Tensor], format: str) -> Tensor:
-    return dy.new_empty(*dy.shape[:-1], layout(format).shape[1])
-
-
-SCHEMA = "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor"
-define(SCHEMA, _run, _fake, _backward, _setup_context)
-define("frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor", _run_backward, _fake_backward)
+define(
+    "frozen_linear(Tensor x, Tensor[] parts, str format, Tensor? bias) -> Tensor",
+    lambda x, parts, format, bias: linear(x, Packed(parts, format).dense(x.dtype), bias),
+    lambda x, parts, format, bias: x.new_empty(*x.shape[:-1], layout(format).shape[0]),
+    _backward, _setup_context,
+)  # fmt: skip
+define(
+    "frozen_linear_backward(Tensor dy, Tensor[] parts, str format) -> Tensor",
+    lambda dy, parts, format: _dx(dy, Packed(parts, format)),
+    lambda dy, parts, format: dy.new_empty(*dy.shape[:-1], layout(format).shape[1]),
+)

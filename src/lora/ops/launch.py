@@ -9,17 +9,16 @@ import functools
 import torch
 from torch import Tensor
 
+from ..kernels.copies import dropped, product
 from ..kernels.expand import expand_
 from ..kernels.gemm import can_describe, gemm_
 from ..kernels.gradients import gradients_
-from ..kernels.masked_copy import dropped
 from ..kernels.outer import outer_
-from ..kernels.product import product
 from ..kernels.shrink import shrink_
 from ..kernels.tuning import card
 from .call import Call, as_rows, thin
 from .philox import inverse_keep, threshold
-from .plan import COPY, ONCE, TRITON, Shape, Steps, plan
+from .plan import ONCE, TRITON, Shape, Steps, plan
 from .recompute import Factors
 
 Mask = tuple[float, Tensor | None, int]
@@ -44,53 +43,47 @@ def products(x: Tensor, h: Tensor, call: Call, biases: list[Tensor]) -> list[Ten
         # cuBLAS, and not the Triton GEMM: its bits are the base's own where the update is zero, and in a whole step it
         # is as fast. The thin product first and the large one into it is faster than the other way; with a bias it
         # would round otherwise than the base does, so there the base's product comes first.
-        h_i = h[:, columns]
         if biases:
-            ys.append(torch.nn.functional.linear(x, call.matrices[i], biases[i]).addmm_(h_i, b.t()))
+            ys.append(torch.nn.functional.linear(x, call.matrices[i], biases[i]).addmm_(h[:, columns], b.t()))
         else:
-            ys.append((h_i @ b.t()).addmm_(x, call.matrices[i].t()))
+            ys.append((h[:, columns] @ b.t()).addmm_(x, call.matrices[i].t()))
     return ys
 
 
 def backward(dys: list[Tensor], x: Tensor | Factors, h: Tensor, call: Call, needs_dx: bool) -> list[Tensor]:
     """[dA, dB_i ..., dx if needed]; dA (R, K) and dB_i (N_i, R_i) in fp32, dx in x's dtype, summed over the targets."""
-    if not isinstance(x, Factors):
-        x = as_rows(x)
+    x = x if isinstance(x, Factors) else as_rows(x)
     dys = [as_rows(dy) for dy in dys]
     with torch.cuda.device_of(h):
-        return _backward(dys, x, h, call, needs_dx)
-
-
-def _backward(dys: list[Tensor], x: Tensor | Factors, h: Tensor, call: Call, needs_dx: bool) -> list[Tensor]:
-    left = x.left if isinstance(x, Factors) else x
-    steps = steps_of(left, call, dys)
-    rank, columns, mask = call.A.shape[0], call.columns(), mask_of(call)
-    g = thin(left, rank)[:, :rank]  # scales / (1 - p) * dy B
-    dA = torch.empty(call.A.shape, device=g.device, dtype=torch.float32)
-    dBs = [torch.empty(b.shape, device=g.device, dtype=torch.float32) for b in call.B]
-    for dy, b, dB, part, step in zip(dys, call.B, dBs, columns, steps.dyB, strict=True):
-        if step.engine == ONCE:
-            gradients_(g[:, part], dB, dy, h[:, part], b, call.scales[part], mask[0])
-        else:
-            shrink_step_(step.engine, g[:, part], dy, b.t(), call.scales[part], (mask[0], None, 0))
-    dx = left.new_empty(left.shape) if needs_dx else None
-    main = torch.cuda.current_stream(left.device)
-    side = _side_stream(left.device) if steps.two_streams else main
-    ready = main.record_event() if steps.two_streams else None
-    if dx is not None:
-        dx_step_(steps.dx.engine, dx, dys, call, g)
-    # Beside the large products, whose last wave of tiles leaves a quarter of the card idle; what is made again here
-    # stays with this stream, so that its memory is not given away before it is read.
-    with torch.cuda.stream(side) if ready is not None else contextlib.nullcontext():
+        left = x.left if isinstance(x, Factors) else x
+        steps = steps_of(left, call, dys)
+        rank, columns, mask = call.A.shape[0], call.columns(), mask_of(call)
+        g = thin(left, rank)[:, :rank]  # scales / (1 - p) * dy B
+        dA = torch.empty(call.A.shape, device=g.device, dtype=torch.float32)
+        dBs = [torch.empty(b.shape, device=g.device, dtype=torch.float32) for b in call.B]
+        for dy, b, dB, part, step in zip(dys, call.B, dBs, columns, steps.dyB, strict=True):
+            if step.engine == ONCE:
+                gradients_(g[:, part], dB, dy, h[:, part], b, call.scales[part], mask[0])
+            else:
+                shrink_step_(step.engine, g[:, part], dy, b.t(), call.scales[part], (mask[0], None, 0))
+        dx = left.new_empty(left.shape) if needs_dx else None
+        main = torch.cuda.current_stream(left.device)
+        side = _side_stream(left.device) if steps.two_streams else main
+        ready = main.record_event() if steps.two_streams else None
+        if dx is not None:
+            dx_step_(steps.dx.engine, dx, dys, call, g)
+        # Beside the large products, whose last wave of tiles leaves a quarter of the card idle; what is made again
+        # here stays with this stream, so that its memory is not given away before it is read.
+        with torch.cuda.stream(side) if ready is not None else contextlib.nullcontext():
+            if ready is not None:
+                side.wait_event(ready)
+            outer_step_(steps.dA.engine, dA, g, product(*x) if isinstance(x, Factors) else x, mask)
+            for dy, dB, part, step in zip(dys, dBs, columns, steps.dB, strict=True):
+                if step.engine != ONCE:
+                    outer_step_(step.engine, dB, dy, h[:, part])
         if ready is not None:
-            side.wait_event(ready)
-        outer_step_(steps.dA.engine, dA, g, product(*x) if isinstance(x, Factors) else x, mask)
-        for dy, dB, part, step in zip(dys, dBs, columns, steps.dB, strict=True):
-            if step.engine != ONCE:
-                outer_step_(step.engine, dB, dy, h[:, part])
-    if ready is not None:
-        main.wait_stream(side)
-    return [dA, *dBs] + ([dx] if dx is not None else [])
+            main.wait_stream(side)
+        return [dA, *dBs] + ([dx] if dx is not None else [])
 
 
 def steps_of(x: Tensor, call: Call, dys: list[Tensor] | None = None) -> Steps:
@@ -117,12 +110,10 @@ def dx_step_(engine: str, dx: Tensor, dys: list[Tensor], call: Call, g: Tensor) 
         expand_(dx, g, call.A, call.seed, threshold(call.dropout))
     else:
         done = call.widest()
-        w = call.matrices[done]
         if engine == TRITON:
-            gemm_(dx, dys[done], w, g, call.A)
+            gemm_(dx, dys[done], call.matrices[done], g, call.A)
         else:
-            torch.mm(g, call.A, out=dx).addmm_(dys[done], w)
-        del w  # a quantized one is dense only while it is read
+            torch.mm(g, call.A, out=dx).addmm_(dys[done], call.matrices[done])
     for i, dy in enumerate(dys):
         if i != done:
             dx.addmm_(dy, call.matrices[i])
@@ -133,11 +124,9 @@ def shrink_step_(engine: str, out: Tensor, x: Tensor, w: Tensor, scales: Tensor,
     inv_keep, seed, limit = mask
     if engine == TRITON:
         shrink_(out, x, w, scales, seed, limit, inv_keep)
-        return
-    assert (engine == COPY) == (seed is not None)
-    if seed is not None:
-        x = dropped(x, seed, limit)
-    torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
+    else:
+        x = x if seed is None else dropped(x, seed, limit)
+        torch.mul(x @ w.t(), scales if inv_keep == 1 else scales * inv_keep, out=out)
 
 
 def outer_step_(engine: str, out: Tensor, p: Tensor, x: Tensor, mask: Mask = NO_MASK) -> None:
@@ -145,11 +134,9 @@ def outer_step_(engine: str, out: Tensor, p: Tensor, x: Tensor, mask: Mask = NO_
     _, seed, limit = mask
     if engine == TRITON:
         outer_(out, p, x, seed, limit)
-        return
-    assert (engine == COPY) == (seed is not None)
-    if seed is not None:
-        x = dropped(x, seed, limit)
-    torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
+    else:
+        x = x if seed is None else dropped(x, seed, limit)
+        torch.mm(p.t(), x, out_dtype=torch.float32, out=out)
 
 
 @functools.cache

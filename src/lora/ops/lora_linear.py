@@ -1,10 +1,8 @@
-"""The low-rank formula for one linear in operations that torch differentiates itself: what runs where nothing is fused.
+"""The low-rank formula for one linear in operations that torch differentiates itself, and as a matrix."""
 
-`reference.py` has it for several linears of one input, with its own backward pass.
-"""
-
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from ..errors import LoraError
 
 Term = tuple[Tensor, Tensor, float, float]
 """A (r, in), B (out, r), scaling, dropout probability (0 outside training)."""
+BiasT = TypeVar("BiasT", Tensor, Tensor | None)
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Iterable[Term]) -> Tensor:
@@ -43,27 +42,31 @@ def add_updates_(y: Tensor, x: Tensor, updates: Iterable[Term]) -> Tensor:
     return y
 
 
+def low_rank_product(updates: Iterable[tuple[Tensor, Tensor, float]], rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of D = sum of s B A, (n, in) in `dtype`, from A (r, in), B (out, r) and s, for merging.
+
+    Summed in float64 and rounded once, so that merge and unmerge find the same bits again whatever the number of
+    threads or the device: the order of summation moves a float64 sum by far less than fp32 shows.
+    """
+    products = ((B[rows].double() @ A.double()).mul_(scaling) for A, B, scaling in updates)  # two at a time
+    return functools.reduce(Tensor.add_, products).to(dtype)
+
+
 def refuse_meta(A: Tensor, x: Tensor) -> None:
     """A product of a real and a meta tensor is memory that nobody wrote, without a word."""
     if A.is_meta and not x.is_meta:
         raise LoraError(
-            "model: an adapter's A and B are on the meta device (offloaded by accelerate, or injected before the base "
-            "had values), and nothing brings them to where it runs; load the model without offloading, then inject"
+            "model: an adapter's A and B are on the meta device, and nothing brings them to where it runs; where "
+            "accelerate offloads the model, do that first and inject then; else load the base's values, then inject"
         )
 
 
-class Biased(Protocol):
-    """What may have a trained bias, (out,)."""
+def summed_bias(base: BiasT, terms: Sequence[Any]) -> BiasT:
+    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself.
 
-    bias: Tensor | None
-
-
-BiasT = TypeVar("BiasT", Tensor, Tensor | None)
-
-
-def summed_bias(base: BiasT, terms: Sequence[Biased]) -> BiasT:
-    """base + sum of (trained - base): the trained biases of several adapters add as their updates do; one is itself."""
-    trained = [t.bias for t in terms if t.bias is not None]
+    terms: each has `bias`, (out,) or None.
+    """
+    trained: list[Tensor] = [t.bias for t in terms if t.bias is not None]
     if base is None or not trained:
         return base
     total = trained[0]

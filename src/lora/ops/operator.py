@@ -15,16 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import (
-    Held,
-    Products,
-    bias_gradients,
-    filled,
-    is_plain,
-    master_gradients,
-    refuse_transforms,
-    weight_gradients,
-)
+from . import autograd
 from .call import Call, Matrices, gradient_dtype, thin
 from .dispatch import form
 from .library import define
@@ -55,15 +46,11 @@ def make_copies(
     for target, whole in zip(B, joined, strict=True):
         places += whole.split([b.shape[1] for b in target], 1)
     torch._foreach_copy_(places, flat_A + flat_B)  # one launch for all the casts
-    numbers = tuple(s for target in scalings for s in target)
-    return stacked, joined, _scales(tuple(ranks), numbers, stacked.device)
-
-
-def _scales(ranks: tuple[int, ...], numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    numbers = [s for target in scalings for s in target]
     if len(set(numbers)) == 1:
-        return torch.full((sum(ranks),), numbers[0], device=device, dtype=torch.float32)
-    parts = [torch.full((r,), s, device=device, dtype=torch.float32) for r, s in zip(ranks, numbers, strict=True)]
-    return torch.cat(parts)
+        return stacked, joined, stacked.new_full((sum(ranks),), numbers[0], dtype=torch.float32)
+    parts = [stacked.new_full((r,), s, dtype=torch.float32) for r, s in zip(ranks, numbers, strict=True)]
+    return stacked, joined, torch.cat(parts)
 
 
 def fused_linear(
@@ -86,7 +73,7 @@ def fused_linear(
     Raises:
         LoraError: within a transform of torch.func, whose derivatives would be wrong.
     """
-    refuse_transforms()
+    autograd.refuse_transforms()
     rows = x.reshape(-1, x.shape[-1])
     flat_A, flat_B = [a for target in A for a in target], [b for target in B for b in target]
     copies = make_copies(A, B, scalings, x.dtype)
@@ -96,10 +83,10 @@ def fused_linear(
         seed = draw_seed(x.device)
     flat = list(weights), formats, *copies, dropout, seed
     biases = list(biases or [])
-    if is_plain(x):
+    if autograd.is_plain(x):
         call = rebuild(x, *flat)
-        h, *places = Held.apply(call, rows, *([] if formats else weights), *flat_A, *flat_B)
-        outputs = Products.apply(call, (rows, h), len(biases), *biases, *places)
+        h, *places = autograd.Held.apply(call, rows, *([] if formats else weights), *flat_A, *flat_B)
+        outputs = autograd.Products.apply(call, (rows, h), len(biases), *biases, *places)
     else:
         outputs = torch.ops.lora.fused_linear(rows, biases, flat_A, flat_B, *flat)[:-1]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
@@ -147,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     needs_x, needs_b, _, _, needs_w, *_ = ctx.needs_input_grad
     x, h, A_cast, scales, seed, *B_cast = ctx.saved_tensors
-    dys = filled(grads[:-1], B_cast)
+    dys = autograd.filled(grads[:-1], B_cast)
     nothing = None, None, [None] * len(B_cast), None, None, None  # formats, A_cast, B_cast, scales, dropout, seed
     half = len(ctx.masters) // 2
     if not dys:
@@ -156,9 +143,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dys, x, h, needs_x, ctx.weights, ctx.formats, A_cast, B_cast, scales, ctx.dropout, seed
     )
     dx = found.pop() if needs_x else None
-    masters = master_gradients(found, ctx.masters)
-    grad_w = weight_gradients(dys, x, needs_w)
-    return dx, bias_gradients(dys, needs_b), masters[:half], masters[half:], grad_w, *nothing
+    masters = autograd.master_gradients(found, ctx.masters)
+    grad_w = autograd.weight_gradients(dys, x, needs_w)
+    return dx, autograd.bias_gradients(dys, needs_b), masters[:half], masters[half:], grad_w, *nothing
 
 
 SCHEMA = f"fused_linear(Tensor x, Tensor[] biases, Tensor[] A, Tensor[] B, {CALL}) -> Tensor[]"

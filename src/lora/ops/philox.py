@@ -46,12 +46,7 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 
 def _round(high: Tensor, low: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    product_high, product_low = _multiply(high)
-    return product_high ^ key ^ low, product_low, (key + WEYL) & WORD
-
-
-def _multiply(word: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low 32 bits of MULTIPLIER * word, in int64 without overflow."""
-    small = MULTIPLIER * (word & 0xFFFF)
-    large = MULTIPLIER * (word >> 16) + (small >> 16)
-    return large >> 16, ((large & 0xFFFF) << 16) | (small & 0xFFFF)
+    # MULTIPLIER * high, its 64 bits in two halves: int64 would overflow.
+    small = MULTIPLIER * (high & 0xFFFF)
+    large = MULTIPLIER * (high >> 16) + (small >> 16)
+    return (large >> 16) ^ key ^ low, ((large & 0xFFFF) << 16) | (small & 0xFFFF), (key + WEYL) & WORD

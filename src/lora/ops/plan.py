@@ -63,11 +63,14 @@ class Steps(NamedTuple):
 
 def why_plain(element_size: int, triton: bool, major: int) -> str:
     """Why none of the kernels runs on a card, in words, or "": then the plain-torch form is as good, on cuBLAS."""
-    if not triton:
-        return "triton is not installed"
-    if major < 8:
-        return "GPU older than Ampere"
-    return "" if element_size == 2 else "no 16-bit compute"
+    return _first({
+        "triton is not installed": not triton, "GPU older than Ampere": major < 8,
+        "no 16-bit compute": element_size != 2,
+    })  # fmt: skip
+
+
+def _first(reasons: dict[str, bool]) -> str:
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,15 +110,11 @@ def _of_dy(rows: int, out: int, rank: int, major: int) -> tuple[Step, Step]:
     time of two passes, at 64 98 to 115 %. On other cards the compiler keeps no load of it in flight, so there the two
     passes stay, with cuBLAS for dB, which is no thin product of dy.
     """
-    if rows < SMALL:
-        apart = "few rows"
-    elif major != 9:
-        apart = "no Hopper GPU"
-    elif rank > max(GRADIENTS):
-        apart = f"over {max(GRADIENTS)} ranks"
-    elif rows * out > ONCE_ELEMENTS:
-        apart = f"dY over {ONCE_ELEMENTS:,} elements"
-    else:
+    apart = _first({
+        "few rows": rows < SMALL, "no Hopper GPU": major != 9, f"over {max(GRADIENTS)} ranks": rank > max(GRADIENTS),
+        f"dY over {ONCE_ELEMENTS:,} elements": rows * out > ONCE_ELEMENTS,
+    })  # fmt: skip
+    if not apart:
         return Step(ONCE), Step(ONCE)
     dB = _outer(rows, out, False)  # dy is the transposed operand here, thin where there are few outputs
     return _shrink(rows, rank, False), dB if dB.engine == TRITON else Step(CUBLAS, apart)
@@ -130,16 +129,12 @@ def _dx(shape: Shape) -> Step:
     masked term is written first and cuBLAS adds to it: as fast as a mask inside the GEMM at 4096 x 4096, and 4 % faster
     at 14336 x 4096.
     """
-    if shape.major != 9:
-        return Step(CUBLAS, "no Hopper GPU")
-    if shape.dropout:
-        return Step(CUBLAS, "dropout")
-    if not shape.aligned:
-        return Step(CUBLAS, "strides that TMA cannot read")
     side = min(shape.width, max(out for out, _ in shape.targets))
-    if (shape.rows // 128) * (side // 256) * 2 >= shape.processors:
-        return Step(TRITON)
-    return Step(CUBLAS, "few rows" if side >= 256 else "too narrow")
+    why = _first({
+        "no Hopper GPU": shape.major != 9, "dropout": shape.dropout, "strides that TMA cannot read": not shape.aligned,
+        "too narrow": side < 256, "few rows": (shape.rows // 128) * (side // 256) * 2 < shape.processors,
+    })  # fmt: skip
+    return Step(CUBLAS, why) if why else Step(TRITON)
 
 
 def describe(steps: Steps) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_PRODUCT = "MulBackward0"
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
@@ -32,11 +33,8 @@ class Remake(NamedTuple):
     shape: torch.Size
 
     def factors(self) -> Factors:
-        if self.node.name() == "MulBackward0":
-            left, right, silu = self.node._saved_self, self.node._saved_other, False
-        else:
-            (left, right), silu = self.node.saved_tensors, True
-        return Factors(left.view(self.shape), right.view(self.shape), silu)
+        left, right = _kept(self.node)
+        return Factors(left.view(self.shape), right.view(self.shape), self.node.name() != _PRODUCT)
 
 
 def remake(x: Tensor) -> Remake | None:
@@ -46,29 +44,31 @@ def remake(x: Tensor) -> Remake | None:
     place, which its node need not know; and under saved-tensor hooks (checkpointing, offload), now or when the node was
     made, where what it holds may be read only once.
     """
-    node: Any = x.grad_fn
-    if x.is_inference() or x._version:
-        return None
+    node: Any = None if x.is_inference() or x._version else x.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     if node is None or type(x) is not Tensor or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    if node.name() == "MulBackward0":
-        if _hooked(node._raw_saved_self, node._raw_saved_other):
-            return None
-        factors = node._saved_self, node._saved_other
+    if node.name() == _PRODUCT:
+        saved = node._raw_saved_self, node._raw_saved_other
     elif node.name() == "LigerSiLUMulFunctionBackward":
-        multiplied = any(getattr(node, name, 1.0) != 1.0 for name in ("gate_multiplier", "down_multiplier"))
-        if multiplied or _hooked(*node._raw_saved_tensors):
+        if any(getattr(node, name, 1.0) != 1.0 for name in ("gate_multiplier", "down_multiplier")):
             return None
-        factors = node.saved_tensors
+        saved = node._raw_saved_tensors
     else:
         return None
+    if any(getattr(tensor, "unpack_hook", None) is not None for tensor in saved):
+        return None  # a torch that does not show its hooks fails loudly in backward
+    factors = _kept(node)
     alike = [isinstance(f, Tensor) and f.numel() == x.numel() and f.dtype == x.dtype for f in factors]
     if alike != [True, True] or not all(f.is_contiguous() for f in factors):
         return None
     found = Remake(node, x.shape)
-    return found if node.name() == "MulBackward0" or _is_swiglu(found, x) else None
+    return found if node.name() == _PRODUCT or _is_swiglu(found, x) else None
+
+
+def _kept(node: Any) -> tuple[Any, ...]:
+    return (node._saved_self, node._saved_other) if node.name() == _PRODUCT else node.saved_tensors
 
 
 _SWIGLU: dict[type, bool] = {}
@@ -88,8 +88,3 @@ def _is_swiglu(found: Remake, x: Tensor) -> bool:
         error = Factors(left[:1], right[:1], silu).product().detach().float() - row.float()
         _SWIGLU[kind] = bool(error.norm() <= 0.02 * row.float().norm())  # of the row's own size, however small
     return _SWIGLU[kind]
-
-
-def _hooked(*saved: Any) -> bool:
-    """Whether hooks packed one of a node's saved tensors. A torch that does not show them fails loudly in backward."""
-    return any(getattr(tensor, "unpack_hook", None) is not None for tensor in saved)

@@ -1,7 +1,4 @@
-"""lora_linear for several linears of one input, forward and backward, in plain torch: the CPU path and the oracle.
-
-`operator.py` has the formulas and the autograd around it; `launch.py` computes the same with the kernels.
-"""
+"""`operator.py`'s formulas, forward and backward, in plain torch: the CPU path and the oracle of `launch.py`."""
 
 import torch
 from torch import Tensor

@@ -33,19 +33,15 @@ def row_norms(
         P = torch.cat([A.to(dtype) for A, _, _ in pairs])  # (R, in)
         Q = torch.cat([B.to(dtype) * s for _, B, s in pairs], 1)  # (out, R)
         if weight.is_cuda and dtype == torch.float32 and weight.element_size() <= 4:
-            squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
-            thin = P.t().to(weight.dtype)
-            cross = weight @ thin if weight.dtype == dtype else torch.mm(weight, thin, out_dtype=dtype)
-            return _with_update(squares, cross, P, Q)
+            return _norms(weight, P, Q)
         rows = max(1, BLOCK // weight.shape[1])
-        norms = []
-        for block, q in zip(weight.split(rows), Q.split(rows), strict=True):
-            wide = block.to(dtype)
-            norms.append(_with_update(torch.linalg.vector_norm(wide, dim=1).square_(), wide @ P.t(), P, q))
-        return torch.cat(norms)
+        blocks = zip(weight.split(rows), Q.split(rows), strict=True)
+        return torch.cat([_norms(block.to(dtype), P, q) for block, q in blocks])
 
 
-def _with_update(squares: Tensor, cross: Tensor, P: Tensor, Q: Tensor) -> Tensor:
-    """The norms (n,) from ||W0||^2 (n,), W0 P^T (n, R) and the update's factors; rounding may leave less than 0."""
+def _norms(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """The norms (n,) of W (n, in) with the update, in the dtype of P (R, in) and Q (n, R)."""
+    squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=P.dtype).square_()
+    cross = W @ P.t() if W.dtype == P.dtype else torch.mm(W, P.t().to(W.dtype), out_dtype=P.dtype)
     update = torch.addmm(cross, Q, P @ P.t(), beta=2).mul_(Q).sum(1)
-    return squares.add_(update).clamp_(min=0).sqrt_()
+    return squares.add_(update).clamp_(min=0).sqrt_()  # rounding may leave less than 0

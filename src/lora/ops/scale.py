@@ -6,7 +6,7 @@ Computed in fp32 (fp64 for fp64) and rounded once; c = 1 without a bias changes 
 dy, and no fp32 copy of either is made: plain torch goes by blocks of rows, `kernels/scale.py` converts in registers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,10 +63,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, scale)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, dy, torch.ops.lora.scale_output, torch.ops.lora.scale_output_backward)
-
-
 def _gradients(ctx: Any, dy: Tensor, forward: Any, backward: Any) -> tuple[Tensor | None, ...]:
     """Of z, scale and bias; z was not kept where scale needs none, and dz = scale * dy is a forward pass then."""
     z, scale = ctx.saved_tensors
@@ -82,15 +78,14 @@ def _in_kernels(z: Tensor) -> bool:
 
 
 def _run(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    c = scale.to(gradient_dtype(z))
+    y, c = _contiguous(z), scale.to(gradient_dtype(z))
     if _in_kernels(z):
         from ..kernels.scale import scale_
 
         with torch.cuda.device_of(z):
             scale_(_matrix(y), as_rows(_matrix(z)), c.contiguous(), None if bias is None else bias.contiguous())
         return y
-    for block, out in zip(_blocks(z), _blocks(y), strict=True):
+    for block, out in _blocks(z, y):
         wide = block * c
         out.copy_(wide if bias is None else wide.add_(bias))
     return y
@@ -98,18 +93,17 @@ def _run(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 def _run_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(dz, dscale)"""
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    c = scale.to(gradient_dtype(z))
-    dscale = torch.zeros_like(c, memory_format=torch.contiguous_format)
+    dz, c = _contiguous(z), scale.to(gradient_dtype(z)).contiguous()
+    dscale = torch.zeros_like(c)
     if _in_kernels(z):
         from ..kernels.scale import scale_backward_
 
         with torch.cuda.device_of(z):
-            scale_backward_(_matrix(dz), dscale, as_rows(_matrix(dy)), as_rows(_matrix(z)), c.contiguous())
-        return dz, dscale.to(scale.dtype)
-    for each, block, out in zip(_blocks(dy), _blocks(z), _blocks(dz), strict=True):
-        out.copy_(each * c)
-        dscale += (each.to(c.dtype) * block).sum(0)
+            scale_backward_(_matrix(dz), dscale, as_rows(_matrix(dy)), as_rows(_matrix(z)), c)
+    else:
+        for each, block, out in _blocks(dy, z, dz):
+            out.copy_(each * c)
+            dscale += (each.to(c.dtype) * block).sum(0)
     return dz, dscale.to(scale.dtype)
 
 
@@ -117,19 +111,22 @@ def _matrix(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _blocks(t: Tensor) -> Sequence[Tensor]:
-    """Consecutive rows of t (..., out), as matrices."""
-    rows: Sequence[Tensor] = _matrix(t).split(max(1, BLOCK // max(1, t.shape[-1])))
-    return rows
+def _contiguous(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _fake(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(z, memory_format=torch.contiguous_format)
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Consecutive rows of each (..., out), as matrices."""
+    rows = max(1, BLOCK // max(1, tensors[0].shape[-1]))
+    return zip(*[_matrix(t).split(rows) for t in tensors], strict=True)
 
 
-def _fake_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake(z, scale, None), torch.empty_like(scale)
-
-
-define("scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", _run, _fake, _backward, _setup_context)
-define("scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", _run_backward, _fake_backward)
+define(
+    "scale_output(Tensor z, Tensor scale, Tensor? bias) -> Tensor", _run, lambda z, scale, bias: _contiguous(z),
+    lambda ctx, dy: _gradients(ctx, dy, torch.ops.lora.scale_output, torch.ops.lora.scale_output_backward),
+    _setup_context,
+)  # fmt: skip
+define(
+    "scale_output_backward(Tensor dy, Tensor z, Tensor scale) -> (Tensor, Tensor)", _run_backward,
+    lambda dy, z, scale: (_contiguous(z), torch.empty_like(scale)),
+)  # fmt: skip

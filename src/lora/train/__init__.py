@@ -17,9 +17,4 @@ if TYPE_CHECKING:
 _HOME = {"Recipe": "recipe", "Result": "trainer", "generate": "generation", "load_recipe": "recipe", "run": "trainer"}
 __all__ = list(_HOME)
 
-
-__getattr__ = load_on_use(__name__, _HOME, globals())
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = load_on_use(__name__, _HOME, globals())

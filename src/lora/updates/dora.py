@@ -9,7 +9,7 @@ in plain LoRA.
 import torch
 from torch import Tensor, nn
 
-from ..bases import FrozenWeight
+from ..bases import FrozenWeight, brought
 from ..errors import LoraError
 from ..ops.row_norms import row_norms
 from .low_rank import LowRank
@@ -35,7 +35,8 @@ class DoRA(LowRank):
             )
         part = super().fresh(weight, start)
         if start.init is not None and not part.magnitude.is_meta:
-            part.magnitude = nn.Parameter(part.norms(weight))
+            with brought(weight.module):
+                part.magnitude = nn.Parameter(part.norms(weight))
         return part
 
     def tensors(self) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class LowRank(Update):
     @classmethod
     def fresh(cls: type[LowRankT], weight: FrozenWeight, start: Start) -> LowRankT:
         out_features, in_features = weight.shape
-        device = weight.parameter.device
+        device = weight.device
         if start.init is None and device.type == "meta":
             device = torch.device("cpu")
         A = torch.empty(start.r, in_features, device=device, dtype=torch.float32)

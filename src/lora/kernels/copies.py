@@ -1,4 +1,4 @@
-"""mask * x as a copy that lives as long as its reader: for more ranks than one block of a kernel holds."""
+"""Inputs made for one reader: x masked, for more ranks than one block of a kernel holds; a product, made again."""
 
 import torch
 import triton
@@ -37,4 +37,28 @@ def dropped(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
         dropped_kernel[cdiv(n, 16), cdiv(columns, 256)](
             x, seed, out, n, columns, x.stride(0), threshold, EVEN=columns % 256 == 0, BM=16, num_warps=4
         )
+    return out
+
+
+@triton.jit
+def product_kernel(left_ptr, right_ptr, out_ptr, size, SILU: tl.constexpr, BLOCK: tl.constexpr):
+    """out = left * right or silu(left) * right, silu in fp32 and rounded to the dtype before the product.
+
+    Moves 6 bytes an element: 705 MB at 8192 x 14336. The programs are small and use no shared memory, so
+    that they find registers beside a persistent GEMM, which leaves the memory idle.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    left = tl.load(left_ptr + index, mask=inside)
+    right = tl.load(right_ptr + index, mask=inside)
+    if SILU:
+        wide = left.to(tl.float32)
+        left = (wide * tl.sigmoid(wide)).to(right.dtype)
+    tl.store(out_ptr + index, left * right, mask=inside)
+
+
+def product(left: Tensor, right: Tensor, silu: bool) -> Tensor:
+    """left * right or silu(left) * right; both contiguous and of one shape."""
+    out = torch.empty_like(left)
+    product_kernel[(cdiv(left.numel(), 2048),)](left, right, out, left.numel(), SILU=silu, BLOCK=2048, num_warps=4)
     return out
