@@ -9,13 +9,12 @@ from torch import nn
 from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning, ends
-from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts
+from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_left_out
 from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import acting_class, activate, attach, original_class
-from .left_out import tell_left_out
 from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
-from .targets import select
+from .targets import left_in, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -47,7 +46,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         warnings.warn(
             f"targets: None picked {list(ends(targets, names))}; name them to silence this", LoraWarning, stacklevel=2
         )
-    tell_left_out(root, config)
+    tell_left_out(root, config, lambda name: left_in(config, name))
     parts = fresh_parts(root, targets, config, loading=False)
     install(root, adapter, parts, trainable=True)
     Watch(root, adapter.name, parts)

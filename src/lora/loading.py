@@ -24,7 +24,7 @@ from .layers import Adapter, Part, Watch, base_modules, kind_of
 from .layers.host import unwrapped
 from .resident import unwrap
 from .saving import BASE, is_finite, keys_of
-from .targets import select
+from .targets import select, unseen
 from .updates import update_named
 
 Notes = list[str]
@@ -81,6 +81,8 @@ def _filled(
     """
     names = {module: name for name, module in base_modules(root)}
     targets, config, notes = _targets(root, file, config)
+    if dead := unseen(root, targets)[1]:
+        notes.append(f"what the adapter has on {dead} never calls them, acts only once it is merged")
     _check_ranks(file, config, targets)
     parts = fresh_parts(root, targets, config, loading=True)
     copies = _check_shapes(root, file, _wanted(parts, names))

@@ -53,7 +53,8 @@ def select(model: nn.Module, config: LoraConfig, choose: Choice | None = None) -
     candidates = [name for name in kinds if meant(name)]
     first_names = {module: name for name, module in base_modules(model)}  # a module shared by two names has one
     chosen = {first_names[modules[name]]: modules[name] for name in candidates if choose or left_in(config, name)}
-    chosen = _without_unseen(config, modules, chosen, loading=choose is not None)
+    if choose is None:
+        chosen = _without_unseen(model, config, chosen)
     for name, module in chosen.items():
         check_fast_path(model, name)
         kinds[name].check(model, name, module)
@@ -117,33 +118,36 @@ def _meant(
     if config.targets == "all-linear":
         heads = output_heads(model)
         return lambda name: (name not in kinds or kinds[name].all_linear) and not _within(heads, name)
-    linear = (name for name, kind in kinds.items() if kind.all_linear and not never_called(modules, name))
+    linear = (name for name, kind in kinds.items() if kind.all_linear)
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     targets = config.targets or default_targets(linear, model_type, _any_other(modules))
     return lambda name: matches(targets, name)
 
 
-def _without_unseen(
-    config: LoraConfig, modules: dict[str, nn.Module], chosen: dict[str, nn.Module], loading: bool
-) -> dict[str, nn.Module]:
-    """The targets without those that nobody calls, which are told of, or refused where they are named."""
-    unseen = [name for name in chosen if never_called(modules, name)]
-    if not unseen:
-        return chosen
-    readers = dict.fromkeys(original_class(modules[name.rpartition(".")[0]]).__name__ for name in unseen)
-    found = ends(unseen, chosen)
-    what = f"{listed([f'{end} ({count})' for end, count in found.items()])} in {listed(list(readers))}, which"
-    if loading:
-        text = f"what the adapter has on {what} reads their weight and never calls them, acts only once it is merged"
-    elif config.targets is None or config.targets == "all-linear":
-        text = f"{config.targets!r} leaves out {what} reads their weight and never calls them: it would do nothing"
-    else:
+def unseen(model: nn.Module, chosen: dict[str, nn.Module]) -> tuple[list[str], str]:
+    """The targets whose parent reads their weight and does not call them: their names, and words for them all."""
+    modules = dict(base_modules(model, every_name=True))
+    names = [name for name in chosen if never_called(modules, name)]
+    readers = dict.fromkeys(original_class(modules[name.rpartition(".")[0]]).__name__ for name in names)
+    found = [f"{end} ({count})" for end, count in ends(names, chosen).items()]
+    return names, f"{listed(found)} in {listed(list(readers))}, which reads their weight and" if names else ""
+
+
+def _without_unseen(model: nn.Module, config: LoraConfig, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets without those, which are told of, or refused where they are named."""
+    names, words = unseen(model, chosen)
+    if names and (config.targets not in (None, "all-linear") or len(names) == len(chosen)):
         raise LoraError(
-            f"targets: {unseen[0]!r} is inside {next(iter(readers))}, which reads its weight and never calls it, so an "
-            f"adapter there would do nothing; leave it out with exclude={list(found)!r}"
+            f"targets: {words} never calls them, so an adapter there would do nothing, as on {names[0]!r}; leave them "
+            f"out with exclude={list(ends(names, chosen))!r}"
         )
-    warnings.warn(f"targets: {text}", LoraWarning, stacklevel=4)
-    return chosen if loading else {name: module for name, module in chosen.items() if name not in unseen}
+    if names:
+        warnings.warn(
+            f"targets: {config.targets!r} leaves out {words} never calls them: an adapter there would do nothing",
+            LoraWarning,
+            stacklevel=4,
+        )
+    return {name: module for name, module in chosen.items() if name not in names}
 
 
 def left_in(config: LoraConfig, name: str) -> bool:

@@ -244,7 +244,7 @@ def test_any_legal_name_works(name: str, ids: Tensor) -> None:
 
 def test_linears_that_are_never_called_are_refused() -> None:
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
-    with pytest.raises(LoraError, match="reads its weight and never calls it"):
+    with pytest.raises(LoraError, match="in MultiheadAttention, which reads their weight and never calls them"):
         lora.inject(attention, targets=["out_proj"])
     encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, batch_first=True))
     with pytest.raises(LoraError, match="set_fastpath_enabled"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lora
 from conftest import randomize, tiny_bert, tiny_gpt2, tiny_llama
 from lora import LoraError
-from lora.left_out import fresh_modules
+from lora.layers.left_out import fresh_modules
 from said import said
 
 SMALL: dict[str, Any] = {

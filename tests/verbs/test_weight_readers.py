@@ -108,7 +108,9 @@ def test_a_module_that_somebody_may_call_is_adapted(kind: type[nn.Module]) -> No
 
 def test_weight_reader_is_refused_where_it_is_named_and_left_out_otherwise() -> None:
     for targets in (["dt"], ["up", "dt"], r"m\..*"):
-        with pytest.raises(LoraError, match=r"'m.dt' is inside Reader, which reads its weight.*exclude=\['dt'\]"):
+        with pytest.raises(
+            LoraError, match=r"dt \(1\) in Reader, which reads their weight.*as on 'm.dt'; .*exclude=\['dt'\]"
+        ):
             lora.inject(nn.ModuleDict({"m": Reader()}), targets=targets)
     model = nn.ModuleDict({"m": Reader(), "n": Reader()})
     with said("leaves out dt (2) in Reader"):
@@ -116,6 +118,27 @@ def test_weight_reader_is_refused_where_it_is_named_and_left_out_otherwise() -> 
     assert adapted(model) == ["m.up", "n.up"]
     with said():
         lora.inject(nn.ModuleDict({"m": Reader()}), targets="all-linear", exclude=["dt"])
+
+
+def test_weight_reader_is_refused_where_nothing_else_is_left() -> None:
+    wavlm = next(model for name, model, _ in mixers() if name == "wavlm")
+    with pytest.raises(LoraError, match=r"q_proj \(2\) in WavLMAttention, which reads their weight"):
+        lora.inject(wavlm)
+
+
+def test_weight_reader_among_the_default_targets_is_left_out() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.v_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) @ self.v_proj.weight
+
+    model = nn.ModuleDict({"a": Attention(), "b": Attention()})
+    with said("targets: None leaves out v_proj (2) in Attention", "targets: None picked ['q_proj']"):
+        lora.inject(model)
+    assert adapted(model) == ["a.q_proj", "b.q_proj"]
 
 
 def test_weight_reader_is_told_by_its_full_name_where_others_of_its_name_are_called() -> None:
@@ -128,7 +151,7 @@ def test_weight_reader_is_told_by_its_full_name_where_others_of_its_name_are_cal
 
 def test_weight_reader_that_depends_on_the_config_is_told_for_this_model() -> None:
     model = nn.ModuleDict({"m": Asks()})
-    with pytest.raises(LoraError, match="inside Asks"):
+    with pytest.raises(LoraError, match="in Asks, which reads"):
         lora.inject(model, targets=["dt"])
     model.m.config = Config()
     lora.inject(model, targets=["dt"])

@@ -14,6 +14,7 @@ from .kind import no_module as no_module
 from .kind import register as register
 from .kind import supported as supported
 from .kind import unregister as unregister
+from .left_out import tell_left_out as tell_left_out
 from .readers import check_fast_path as check_fast_path
 from .readers import never_called as never_called
 from .unreached import Watch as Watch

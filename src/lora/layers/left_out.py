@@ -2,25 +2,27 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .bases import is_quantized
-from .config import LoraConfig, matches
-from .errors import LoraWarning
-from .layers import base_modules, kind_of
-from .layers.copies import base_parameters
-from .layers.host import unwrapped
-from .targets import left_in
+from ..bases import is_quantized
+from ..config import LoraConfig, matches
+from ..errors import LoraWarning
+from .copies import base_parameters
+from .host import base_modules, unwrapped
+from .kind import kind_of
 
 NOTED = 0.01  # the share of a model's parameters from which it is told that "all-linear" leaves them out
 
 
-def tell_left_out(root: nn.Module, config: LoraConfig) -> None:
-    """Warn of modules whose values are in no checkpoint, and of stacked matrices that "all-linear" passes by."""
+def tell_left_out(root: nn.Module, config: LoraConfig, left_in: Callable[[str], bool]) -> None:
+    """Warn of modules whose values are in no checkpoint, and of stacked matrices that "all-linear" passes by.
+
+    `left_in`: whether `exclude`, `layers` and `train` leave a module of that name to `targets`.
+    """
     fresh = [name for name in fresh_modules(root) if not matches(config.train, name)]
     if fresh:
         warnings.warn(
@@ -29,7 +31,7 @@ def tell_left_out(root: nn.Module, config: LoraConfig) -> None:
             LoraWarning,
             stacklevel=3,
         )
-    share, kinds = _stacked(root, config) if config.targets == "all-linear" else (0.0, [])
+    share, kinds = _stacked(root, left_in) if config.targets == "all-linear" else (0.0, [])
     if share >= NOTED:
         warnings.warn(
             f"targets: 'all-linear' leaves out {', '.join(kinds)}, {100 * share:.0f} % of the parameters: their "
@@ -72,13 +74,13 @@ def _is_fresh(name: str, module: nn.Module, loaded: dict[str, bool]) -> bool:
     return not any(loaded.get(f"{name}.{n}", False) for n in own)
 
 
-def _stacked(root: nn.Module, config: LoraConfig) -> tuple[float, list[str]]:
+def _stacked(root: nn.Module, left_in: Callable[[str], bool]) -> tuple[float, list[str]]:
     """The share of the parameters that are stacked matrices of modules that no kind takes, and their classes."""
     sizes = {id(p): p.numel() for _, p in base_parameters(root)}
     stacks: dict[int, int] = {}
     classes: Counter[str] = Counter()
     for name, module in base_modules(root):
-        if kind_of(module) is None and left_in(config, name):
+        if kind_of(module) is None and left_in(name):
             found = {id(p): p.numel() for p in _matrices(module)}
             classes[type(module).__name__] += bool(found)
             stacks |= found
