@@ -11,14 +11,13 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases_of_verbs import Case, Subject, cases
-from full_state import Labels, State, difference, full_state, numbers
-from interrupt import NN, SOURCE, Failure, Interrupt
 
 import lora
+from cases_of_verbs import Case, Subject, cases
+from full_state import Labels, State, difference, full_state, numbers
+from interrupt import NN, SOURCE, Failure, Interrupt, raising
 from lora.layers import hosts
 
 ERRORS: dict[str, type[BaseException]] = {
@@ -63,7 +62,9 @@ class Attack:
         self.case, self.home = case, home
         subject, labels = self._fresh()
         self.before = self._state(subject, labels)
-        self.fails = Interrupt(0, Failure).run(subject.verb) is not None  # it raises by itself
+        silent = Interrupt(0, raising(Failure))
+        self.fails = silent.run(subject.verb) is not None  # it raises by itself
+        self.steps = silent.steps
         self.after = self.before if self.fails else self._state(subject, labels)
         raw = Case(case.model, "raw", "raw", case.call).build(home)
         self.base = full_state(raw.model, Labels(raw.model), raw.run)
@@ -80,7 +81,7 @@ class Attack:
         """Interrupt at step n; False where the verb has no so many."""
         subject, labels = self._fresh()
         random = numbers()
-        interrupt = Interrupt(n, error, again, within)
+        interrupt = Interrupt(n, raising(error), again, within)
         raised = interrupt.run(subject.verb)
         if not interrupt.places:
             return False
@@ -94,22 +95,25 @@ class Attack:
         if raised is None:  # the library expects this exception there, and goes on
             report.swallowed += 1
             allowed = ("after",)
-        lost = self._lost(subject)
+        lost = self.lost(subject)
         if verdict not in allowed or lost:
             near = min(difference(state, self.before), difference(state, self.after), key=len)
             report.wrong.append(Found(interrupt.places[-1], interrupt.ways[-1], verdict, near, lost))
         return True
 
-    def _lost(self, subject: Subject) -> list[str]:
+    def lost(self, subject: Subject) -> list[str]:
         """What of the base does not come back once every adapter is removed, by the verb that a user has for it."""
-        if self.case.verb == "merge_unload" and not list(hosts(subject.model)) or self.case.model == "words16":
+        gone = self.case.verb == "merge_unload" and not list(hosts(subject.model))
+        if gone or self.case.model == "words16":
             return []  # there is no way back from these, once done
         try:
             if list(hosts(subject.model)):
                 lora.remove(subject.model)
         except Exception as error:
             return [f"remove raises {type(error).__name__}: {str(error)[:80]}"]
-        return difference(unlabeled(full_state(subject.model, Labels(subject.model), subject.run)), unlabeled(self.base))
+        return difference(
+            unlabeled(full_state(subject.model, Labels(subject.model), subject.run)), unlabeled(self.base)
+        )
 
 
 def unlabeled(state: State) -> State:
@@ -118,10 +122,12 @@ def unlabeled(state: State) -> State:
 
 
 def attack(
-    case: Case, error: str = "KeyboardInterrupt", every: int = 1, first: int = 1, again: int = 0, deep: bool = False
-) -> Report:
+    case: Case, error: str = "KeyboardInterrupt", every: int = 1, first: int = 1, again: int = 0, deep: bool = False,
+    few: int = 0,
+) -> Report:  # fmt: skip
     """Interrupt a case at steps `first`, `first + every`, ... until it completes.
 
+    few: at about so many steps, spread over the verb, whatever `every` says.
     again: interrupt once more, so many steps later: inside the clean-up.
     deep: count torch's own lines in torch.nn.modules as well.
     """
@@ -130,7 +136,8 @@ def attack(
     with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attacker = Attack(case, Path(home))
-        n = first
+        every = max(1, attacker.steps // few) if few else every
+        n = min(first, every)
         while attacker.at(n, ERRORS[error], report, again, within):
             n += every
     return report
@@ -187,8 +194,10 @@ def main() -> None:
             reports.append(attack(case, error, got.every, got.first, got.again, got.deep))
             print(line(reports[-1]), flush=True)
     totals = sum((report.counts for report in reports), Counter())
-    print(f"{sum(r.steps for r in reports)} steps, {dict(totals)}, {sum(len(r.wrong) for r in reports)} wrong, "
-          f"{sum(r.lost for r in reports)} lost")
+    print(
+        f"{sum(r.steps for r in reports)} steps, {dict(totals)}, {sum(len(r.wrong) for r in reports)} wrong, "
+        f"{sum(r.lost for r in reports)} lost"
+    )
     if got.causes:
         print(_causes(reports))
 

@@ -80,7 +80,16 @@ def _host(model: nn.Module, host: nn.Module, adapters: Any) -> tuple[Any, ...]:
     undo = None if adapters.undo is None else (type(adapters.undo).__name__, adapters.undo.into)
     resting = None if adapters.resting_layer is None else adapters.resting_layer.__name__
     terms = [names.get(term, "elsewhere") for term in adapters.terms]
-    return adapters.active, terms, records, undo, adapters.original.__qualname__, resting, together, [*adapters._modules]
+    return (
+        adapters.active,
+        terms,
+        records,
+        undo,
+        adapters.original.__qualname__,
+        resting,
+        together,
+        [*adapters._modules],
+    )
 
 
 def _hooks(module: nn.Module) -> Iterable[tuple[str, Any]]:

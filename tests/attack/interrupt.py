@@ -19,18 +19,26 @@ class Failure(Exception):
     """A plain exception, which no code knows."""
 
 
+def raising(error: type[BaseException]) -> Callable[[], object]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
 class Interrupt:
-    """Raises `error` at step `n` of the library's code, counted from 1, and once more `again` steps after that.
+    """Calls `act` at step `n` of the library's code, counted from 1, and once more `again` steps after that. What it
+    raises comes out of the library's line.
 
     A step is a line about to run, a function entered or a function about to return. A generator's own entries and
     exits are none: Python raises there inside the generator, and a trace function cannot.
 
-    steps: how many there were. places: where it raised, as "file.py:line function"; none where it did not come to n.
+    steps: how many there were. places: where it acted, as "file.py:line function"; none where it did not come to n.
     ways: from which line of the verb, and of what that called.
     """
 
-    def __init__(self, n: int, error: type[BaseException], again: int = 0, within: tuple[str, ...] = (SOURCE,)) -> None:
-        self.n, self.error, self.again, self.within = n, error, again, within
+    def __init__(self, n: int, act: Callable[[], object], again: int = 0, within: tuple[str, ...] = (SOURCE,)) -> None:
+        self.n, self.act, self.again, self.within = n, act, again, within
         self.steps = 0
         self.places: list[str] = []
         self.ways: list[str] = []
@@ -68,7 +76,7 @@ class Interrupt:
                 above += [_line(outer)] if outer.f_code.co_filename.startswith(SOURCE) else []
                 outer = outer.f_back
             self.ways.append(" > ".join(above[:-3:-1]))
-            raise self.error
+            self.act()
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         """Python stops tracing once a trace function has raised; go on, to raise a second time."""
