@@ -65,6 +65,7 @@ class Attack:
         silent = Interrupt(0, raising(Failure))
         self.fails = silent.run(subject.verb) is not None  # it raises by itself
         self.steps = silent.steps
+        assert self.fails == case.verb.endswith("refused"), case.name
         self.after = self.before if self.fails else self._state(subject, labels)
         raw = Case(case.model, "raw", "raw", case.call).build(home)
         self.base = full_state(raw.model, Labels(raw.model), raw.run)

@@ -51,16 +51,16 @@ class Words(nn.Module):
         self.embed = nn.Embedding(11, 6)
         self.mid = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 11, bias=not tied)
+        self.lm_head = nn.Linear(6, 11, bias=not tied)
         if tied:
-            self.head.weight = self.embed.weight
+            self.lm_head.weight = self.embed.weight
         self.to(dtype)
 
     def gradient_checkpointing_enable(self, keywords: dict[str, Any]) -> None:
         self.gradient_checkpointing = True
 
     def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.head(self.norm(self.mid(self.embed(ids))))
+        y: Tensor = self.lm_head(self.norm(self.mid(self.embed(ids))))
         return y
 
 
@@ -82,8 +82,8 @@ IDS = torch.tensor([[1, 4, 9], [0, 2, 2]])
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Tensor]] = {
     "linear": (linear, {"targets": ["0", "2"], "bias": "lora_only", "dropout": 0.2}, torch.ones(2, 6) / 3),
     "groups": (Siblings, {"targets": ["q_proj", "k_proj", "v_proj"]}, torch.ones(2, 6) / 3),
-    "whole": (lambda: Words(False), {"targets": ["mid"], "train": ["head"], "bias": "all"}, IDS),
-    "tied": (lambda: Words(True), {"targets": ["mid"], "train": ["embed", "head"]}, IDS),
+    "whole": (lambda: Words(False), {"targets": ["mid"], "train": ["lm_head"], "bias": "all"}, IDS),
+    "tied": (lambda: Words(True), {"targets": ["mid"], "train": ["embed", "lm_head"]}, IDS),
     "embedding": (lambda: Words(False), {"targets": ["embed", "mid"]}, IDS),
     "dora": (linear, {"targets": ["0", "2"], "dora": True}, torch.ones(2, 6) / 3),
     "nf4": (lambda: quantized("nf4"), {"targets": ["0", "2"], "bias": "lora_only"}, torch.ones(2, 64) / 3),

@@ -1,6 +1,8 @@
 """One thread runs the model while another calls verbs on it: which outputs come out, and which are nobody's."""
 
 import argparse
+import atexit
+import contextlib
 import functools
 import sys
 import tempfile
@@ -8,7 +10,6 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Chain(nn.Module):
 
 def chain() -> nn.Module:
     """With adapters a and b, of which a acts."""
+    forget_blocks()
     model = Chain()
     for seed, name in enumerate("ab", start=1):
         randomize(lora.inject(model, r=2, targets="all-linear", name=name), std=0.5, seed=seed)
@@ -74,6 +76,17 @@ def enable(model: nn.Module) -> None:
 
 
 BLOCKS: dict[int, Any] = {}
+
+
+def forget_blocks() -> None:
+    """End the blocks that nobody left, of models that may be torn by now."""
+    for block in BLOCKS.values():
+        with contextlib.suppress(Exception):
+            block.gen.close()
+    BLOCKS.clear()
+
+
+atexit.register(forget_blocks)
 HOME = tempfile.TemporaryDirectory()
 
 
@@ -155,7 +168,7 @@ def within_one_forward(name: str, layer: int, patience: float = 0.5) -> str:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def many_switches() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -273,8 +286,11 @@ def verb_and_verb(one: str, other: str, every: int = 1) -> Counter[str]:
         states = {(a.active, a.undo is None, tuple(a.records)) for _, _, a in hosts(model)}
         if len(states) > 1:
             return "several states"
-        if states:
-            lora.remove(model)
+        try:
+            if states:
+                lora.remove(model)
+        except lora.LoraError:
+            return "base lost, and remove refuses"
         return "whole" if {name: bytes_of(p) for name, p in model.named_parameters()} == base else "base lost"
 
     return at_each_step(SWAPS[one].ways[0], SWAPS[other].ways[0], chain, judge, every)
