@@ -1,6 +1,7 @@
 """All that can be seen of a model, so that two of them, or one before and after, can be compared to the bit."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,19 @@ def _or_error(call: Callable[[], Any]) -> Any:
 def files(folder: Path) -> dict[str, str]:
     """What a folder has, by name; a lock that stays is none of it."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and "lock" not in path.name]
-    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in found}
+    return {str(path.relative_to(folder)): hashlib.blake2b(_contents(path)).hexdigest() for path in found}
+
+
+def _contents(path: Path) -> bytes:
+    """Of a whole safetensors file the header without its order, which safetensors draws anew each time, and without the
+    checksum over that, and the data."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"].pop("lora.sha256", None)
+    return json.dumps(header, sort_keys=True).encode() + data[8 + length :]
 
 
 def difference(found: State, wanted: State) -> list[str]:
