@@ -75,7 +75,7 @@ def test_what_the_bug_form_asks_people_to_run_runs() -> None:
 
 
 def test_tests_stand_in_the_rooms_of_the_source() -> None:
-    rooms = {path.stem for path in ROOT.glob("src/lora/*")} | {"verbs", "gpu"}
+    rooms = {path.stem for path in ROOT.glob("src/lora/*")} | {"verbs", "gpu", "attack"}
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS}
     assert folders - {"."} <= rooms
 
