@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .atomic import whole_or_not
 from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .layers import KINDS, Adapter, Part, base_modules, hosts
 from .layers.frozen import settle
-from .layers.host import acting_class, activate, attach, original_class
-from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
+from .layers.host import attach
+from .resident import activate_all, check_root, refuse_merged, resident, unwrap
 from .targets import default_targets, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -38,13 +39,14 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
     root = unwrap(model, changing=True)
-    adapter = new_adapter(root, check_name(name), config)
-    targets = select(root, config)
-    if config.targets is None:
-        chosen = default_targets(targets)
-        warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
-    parts = fresh_parts(root, targets, config, loading=False)
-    install(root, adapter, parts, trainable=True)
+    with whole_or_not(root):
+        adapter = new_adapter(root, check_name(name), config)
+        targets = select(root, config)
+        if config.targets is None:
+            chosen = default_targets(targets)
+            warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
+        parts = fresh_parts(root, targets, config, loading=False)
+        install(root, adapter, parts, trainable=True)
     return model
 
 
@@ -90,25 +92,16 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
-    """Attach prepared parts and let them act alone; where that fails or is interrupted, the model is as it was."""
-    for host, kind, _ in parts:
-        acting_class(kind.layer, original_class(host))  # made now: making a class may fail
+    """Attach prepared parts and let them act alone."""
     adapter.anchor = next(name for name, module in base_modules(root) if module is parts[0].host)
-    before = {host: adapters.active for _, host, adapters in hosts(root)}
-    try:
-        if not resident(root):
-            root.requires_grad_(False)
-        allow_training(root, True)
-        for host, kind, part in parts:
-            attach(host, kind, adapter, part)
-            for parameter in kind.trained(part):
-                parameter.requires_grad_(trainable)
-        settle(root, carries=True)
-        for kind in KINDS:
-            kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
-        activate_all(root, [adapter.name])
-    except BaseException:
-        drop(root, [adapter.name], adapter)
-        for host, active in before.items():
-            activate(host, active)
-        raise
+    if not resident(root):
+        root.requires_grad_(False)
+    allow_training(root, True)
+    for host, kind, part in parts:
+        attach(host, kind, adapter, part)
+        for parameter in kind.trained(part):
+            parameter.requires_grad_(trainable)
+    settle(root, carries=True)
+    for kind in KINDS:
+        kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
+    activate_all(root, [adapter.name])

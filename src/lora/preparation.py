@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .atomic import whole_or_not
 from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers.frozen import model_dtype
@@ -43,21 +44,22 @@ def prepare(
     root = unwrap(model)
     if checkpointing not in (True, False, "offload"):
         raise LoraError(f"checkpointing: got {checkpointing!r}; allowed are True, False and 'offload'")
-    heads = _heads(root, head_dtype) if head_dtype is not None else []
-    for _, module in base_modules(root):
-        weight = weight_of(module)
-        if weight is not None and weight.quantization is not None:
-            weight.check()
-    if checkpointing:
-        _checkpoint(root, checkpointing == "offload")
-    for module in _norms(root) if norms_fp32 else []:
-        dtype = _dtype(module)
-        if dtype != torch.float32:
-            _cast(module, torch.float32)
-            module.register_forward_hook(partial(_cast_output, dtype))
-    for head in heads:
-        assert head_dtype is not None
-        _cast(head, head_dtype)
+    with whole_or_not(root):
+        heads = _heads(root, head_dtype) if head_dtype is not None else []
+        for _, module in base_modules(root):
+            weight = weight_of(module)
+            if weight is not None and weight.quantization is not None:
+                weight.check()
+        if checkpointing:
+            _checkpoint(root, checkpointing == "offload")
+        for module in _norms(root) if norms_fp32 else []:
+            dtype = _dtype(module)
+            if dtype != torch.float32:
+                _cast(module, torch.float32)
+                module.register_forward_hook(partial(_cast_output, dtype))
+        for head in heads:
+            assert head_dtype is not None
+            _cast(head, head_dtype)
     return model
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import disabled
+from .atomic import steady, whole_or_not
 from .bases import FrozenWeight
 from .config import check_name
 from .errors import LoraError, LoraWarning
@@ -38,13 +39,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         LoraError: no such adapter, or tensors on the meta device.
     """
     root = unwrap(model)
-    names = named(root, name, "to save; call lora.inject(model, ...) first")
-    if is_merged(root):
+    with steady():
+        names = named(root, name, "to save; call lora.inject(model, ...) first")
+        merged = is_merged(root)
+        for each in names if not merged else ():
+            alone = len(names) == 1 or each == "default"
+            _save_one(root, Path(path) if alone else Path(path) / each, resident(root)[each])
+    if merged:
         with disabled(root):
-            return save(root, path, name)
-    for each in names:
-        alone = len(names) == 1 or each == "default"
-        _save_one(root, Path(path) if alone else Path(path) / each, resident(root)[each])
+            save(root, path, name)
 
 
 def load(
@@ -74,21 +77,22 @@ def load(
     config, extra = from_peft(file.config, str(folder / CONFIG_FILE))
     tensors = file.tensors()
     update_named(config.update)
-    adapter = new_adapter(root, check_name(name), config, extra)
-    targets = select(root, config, loading=True)
-    if not targets:
-        raise LoraError(
-            f"{folder}: its target_modules {file.config.get('target_modules')!r} fit no module of "
-            f"{type(root).__name__}; it was trained on {extra.get('base_model_name_or_path') or 'another model'}: load "
-            "it on that"
-        )
-    parts = fresh_parts(root, targets, config, loading=True)
-    _fill(root, folder, parts, tensors)
-    if check:
-        names = {module: name for name, module in base_modules(root)}
-        weights = {names[host]: kind.weight(host) for host, kind, _ in parts}
-        _check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
-    install(root, adapter, parts, trainable)
+    with whole_or_not(root):
+        adapter = new_adapter(root, check_name(name), config, extra)
+        targets = select(root, config, loading=True)
+        if not targets:
+            raise LoraError(
+                f"{folder}: its target_modules {file.config.get('target_modules')!r} fit no module of "
+                f"{type(root).__name__}; it was trained on {extra.get('base_model_name_or_path') or 'another model'}: "
+                "load it on that"
+            )
+        parts = fresh_parts(root, targets, config, loading=True)
+        _fill(root, folder, parts, tensors)
+        if check:
+            names = {module: name for name, module in base_modules(root)}
+            weights = {names[host]: kind.weight(host) for host, kind, _ in parts}
+            _check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
+        install(root, adapter, parts, trainable)
     return model
 
 
