@@ -1,4 +1,5 @@
-"""One thread runs the model while another calls verbs on it: which outputs come out, and which are nobody's."""
+"""One thread runs the model within `lora.steady()` while another calls verbs on it: which outputs come out, and which
+are nobody's."""
 
 import argparse
 import atexit
@@ -130,7 +131,7 @@ def outputs(swap: Swap) -> set[bytes]:
 def verdict(model: nn.Module, allowed: set[bytes]) -> str:
     """whole: an output of one state; mixed: of none; or the exception that the forward pass ended in."""
     try:
-        with torch.no_grad():
+        with lora.steady(), torch.no_grad():
             return "whole" if bytes_of(model(X)) in allowed else "mixed"
     except Exception as error:
         return type(error).__name__
@@ -235,7 +236,7 @@ class Preempted:
         return all(isinstance(error, lora.LoraError) for error in self.errors)
 
 
-PATIENCE = 0.2
+PATIENCE = 0.05
 """Seconds after which a verb or a forward is taken to wait for the other."""
 
 
@@ -262,7 +263,7 @@ def verb_and_forward(name: str, verb_first: bool, every: int = 1) -> Counter[str
     allowed, seen = outputs(swap), []
 
     def forward(model: nn.Module) -> None:
-        with torch.no_grad():
+        with lora.steady(), torch.no_grad():
             seen.append(bytes_of(model(X)))
 
     def judge(model: nn.Module, played: Preempted) -> str:

@@ -16,12 +16,8 @@ from interrupt import Interrupt, raising
 pytest.importorskip("bitsandbytes")
 CASES = cases()
 
-BETWEEN = {
-    "activate", "activate_none", "disabled_enter", "disabled_exit", "disabled_merged_enter", "disabled_merged_exit",
-    "merge", "merge_unload", "merge_refused", "merge_into", "unmerge", "remove", "remove_last", "remove_merged",
-    "save", "save_merged", "prepare", "prepare_beside",
-}  # fmt: skip
-"""Verbs that may still be stopped between before and after; a name goes when its verb is mended."""
+BETWEEN = {"save", "save_merged"}
+"""Verbs that may still be stopped between before and after: a save leaves the file that it was about to rename."""
 
 
 def marked(case: Case) -> object:
