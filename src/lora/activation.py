@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .atomic import later_interrupts, whole_or_not
+from .atomic import alone, later_interrupts, whole_or_not
 from .config import check_name
 from .errors import LoraError, near
+from .exact import Journal
 from .layers import hosts
 from .layers.host import activate as activate_host
 from .merging import merge_acting, merged_into, unmerge_all
@@ -24,7 +25,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
     """
     root = unwrap(model)
     chosen = [] if names is None else [names] if isinstance(names, str) else list(names)
-    with whole_or_not(root):
+    with alone():
         there = resident(root)
         for name in chosen:
             if check_name(name) not in there:
@@ -35,7 +36,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | None) -> None:
         refuse_merged(root)
         for host_name, _, adapters in hosts(root):
             adapters.check_together(host_name, [name for name in chosen if name in adapters])
-        activate_all(root, chosen)
+        whole_or_not(root, lambda _: activate_all(root, chosen))
 
 
 @contextmanager
@@ -49,10 +50,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     entered = _Entered()
     try:
         try:
-            with whole_or_not(root) as journal:
-                entered.note(root)
-                unmerge_all(root, journal)
-                activate_all(root, [])
+            whole_or_not(root, lambda journal: entered.enter(root, journal))
             yield model
         finally:
             entered.leave(root)
@@ -69,23 +67,32 @@ class _Entered:
         self.merged = False
         self.into: str | None = None
 
-    def note(self, root: nn.Module) -> None:
+    def enter(self, root: nn.Module, journal: Journal) -> None:
         self.merged, self.into = is_merged(root), merged_into(root)
-        self.before = {host: adapters.active for _, host, adapters in hosts(root)}
+        before = {host: adapters.active for _, host, adapters in hosts(root)}
+        unmerge_all(root, journal)
+        activate_all(root, [])
+        self.before = before
 
     def leave(self, root: nn.Module) -> None:
-        """Once; adapters that came meanwhile do not act, and nothing is merged where the ones that were are gone."""
+        """Once. Adapters that came meanwhile do not act. What cannot be merged again acts, and the error is raised."""
         if self.before is None:
             return
         with later_interrupts():
-            with whole_or_not(root) as journal:
-                unmerge_all(root, journal)
-                for _, host, _ in hosts(root):
-                    activate_host(host, self.before.get(host, ()))
-            if self.merged and acting(root):
-                with whole_or_not(root) as journal:
-                    merge_acting(root, journal, self.into)
+            try:
+                whole_or_not(root, lambda journal: self._back(root, journal, self.merged))
+            except LoraError:
+                whole_or_not(root, lambda journal: self._back(root, journal, False))
+                self.before = None
+                raise
             self.before = None
+
+    def _back(self, root: nn.Module, journal: Journal, merged: bool) -> None:
+        unmerge_all(root, journal)
+        for _, host, _ in hosts(root):
+            activate_host(host, (self.before or {}).get(host, ()))
+        if merged and acting(root):
+            merge_acting(root, journal, self.into)
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
@@ -97,9 +104,13 @@ def remove(model: nn.Module, name: str | None = None) -> None:
         LoraError: no such adapter, or none at all.
     """
     root = unwrap(model)
-    with whole_or_not(root) as journal:
-        names = named(root, name, "to remove")
-        check_root(root)
+
+    def change(journal: Journal) -> None:
         if set(names) & set(acting(root)):
             unmerge_all(root, journal)
         drop(root, names)
+
+    with alone():
+        names = named(root, name, "to remove")
+        check_root(root)
+        whole_or_not(root, change)

@@ -8,9 +8,9 @@ in place have a journal beside it. Verbs of all threads run one after the other,
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from .bases import touched
 from .errors import LoraError
 from .exact import Journal
 
+ResultT = TypeVar("ResultT")
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))  # parameters, hooks, ...
 _EMPTY: dict[str, Any] = {}
 _PAUSE = 0.001  # seconds between two looks at who has the turn
@@ -27,8 +28,7 @@ _verb: dict[str, tuple[int, object]] = {}  # "now": the thread whose verb runs, 
 _forwards: dict[object, int] = {}  # turns within `steady`, and their threads
 
 
-@contextmanager
-def steady() -> Iterator[None]:
+def steady() -> AbstractContextManager[None]:
     """Within the block no verb runs in another thread: forward passes in it read one set of adapters, whole.
 
     Any number of threads may be within it at once. A verb of another thread waits until all have left; those that come
@@ -38,28 +38,28 @@ def steady() -> Iterator[None]:
         LoraError: from a verb that is called within the block by the same thread, which would wait for itself. `save`
             of a model that is not merged may be called.
     """
-    with _turn(alone=False):
-        yield
+    return _turn(alone=False)
 
 
-@contextmanager
-def whole_or_not(root: nn.Module) -> Iterator[Journal]:
-    """For a verb's checks and changes: a turn alone, and all taken back where an exception leaves the block.
+def alone() -> AbstractContextManager[None]:
+    """For a verb: within the block no other thread's verb runs, and none is within `steady`."""
+    return _turn(alone=True)
 
-    Gives the journal, for tensors that are written in place.
+
+def whole_or_not(root: nn.Module, change: Callable[[Journal], ResultT]) -> ResultT:
+    """Call what changes the model, alone; where it fails or is interrupted, take all back and raise.
+
+    It is given the journal, for tensors that are written in place. It is a function and not a block, whose end Python
+    may leave out when a second interrupt comes just there.
     """
-    with _turn(alone=True):
+    with alone():
         before, journal = _Before(root), Journal()
         try:
             try:
-                yield journal
-            except GeneratorExit:
-                raise  # nothing failed: the block was left without a word, and this is its frame being freed
+                return change(journal)
             except BaseException:
                 before.back(journal)
                 raise
-        except GeneratorExit:
-            raise
         except BaseException:
             before.back(journal)  # again, where that was interrupted; else there is nothing to do
             raise

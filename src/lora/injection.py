@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .atomic import whole_or_not
+from .atomic import alone, whole_or_not
 from .bases import allow_training
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
@@ -39,14 +39,13 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
     root = unwrap(model, changing=True)
-    with whole_or_not(root):
+    with alone():
         adapter = new_adapter(root, check_name(name), config)
         targets = select(root, config)
         if config.targets is None:
             chosen = default_targets(targets)
             warnings.warn(f"targets: None picked {chosen}; name them to silence this", LoraWarning, stacklevel=2)
-        parts = fresh_parts(root, targets, config, loading=False)
-        install(root, adapter, parts, trainable=True)
+        whole_or_not(root, lambda _: _new(root, adapter, targets))
     return model
 
 
@@ -73,6 +72,10 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     return Adapter(name, config, before, extra or {})
 
 
+def _new(root: nn.Module, adapter: Adapter, targets: dict[str, nn.Module]) -> None:
+    install(root, adapter, fresh_parts(root, targets, adapter.config, loading=False), trainable=True)
+
+
 def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
     """The adapter's parts of every kind of host; when loading, with nothing drawn.
 
@@ -92,7 +95,7 @@ def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConf
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
-    """Attach prepared parts and let them act alone."""
+    """Attach prepared parts and let them act alone; within `whole_or_not`."""
     adapter.anchor = next(name for name, module in base_modules(root) if module is parts[0].host)
     if not resident(root):
         root.requires_grad_(False)

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .atomic import whole_or_not
+from .atomic import alone, whole_or_not
 from .bases import forget_quantization, into_names
 from .errors import LoraError, LoraWarning
 from .exact import How, Journal, MergedModule, MergeReport
@@ -43,7 +43,7 @@ def merge(
         LoraWarning: a module kept less than 99 % of its update.
     """
     root = unwrap(model)
-    with whole_or_not(root) as journal:
+    with alone():
         refuse_merged(root)
         names, there = acting(root), list(resident(root))
         if not names:
@@ -54,20 +54,7 @@ def merge(
         idle = [name for name in there if name not in names]
         if unload and idle:
             raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
-        report = MergeReport(merge_acting(root, journal, into))
-        gone = [m for m in report.modules if m.quantized and m.survived < SURVIVED_FLOOR]
-        if gone and not force:
-            worst = min(gone, key=lambda m: m.survived)
-            raise LoraError(
-                f"into: of {len(gone)} of {len(report.modules)} updates less than {SURVIVED_FLOOR:.0%} would survive "
-                f"in {into}, the least {worst.survived:.1%} ({worst.name}); nothing was changed. Use into=None for "
-                "16-bit layers, serve the adapter beside its base, or pass force=True"
-            )
-        if unload:
-            plain = [name for name, host, adapters in hosts(root) if adapters.leave(host)]
-            drop(root, names)
-            if plain:
-                forget_quantization(root, plain)
+        report = whole_or_not(root, lambda journal: _merge(root, journal, into, unload, force))
     lossy = [m for m in report.modules if m.kept < KEPT_FLOOR]
     if lossy:
         worst = min(lossy, key=lambda m: m.kept)
@@ -81,6 +68,25 @@ def merge(
     return report
 
 
+def _merge(root: nn.Module, journal: Journal, into: str | None, unload: bool, force: bool) -> MergeReport:
+    names = acting(root)
+    report = MergeReport(merge_acting(root, journal, into))
+    gone = [m for m in report.modules if m.quantized and m.survived < SURVIVED_FLOOR]
+    if gone and not force:
+        worst = min(gone, key=lambda m: m.survived)
+        raise LoraError(
+            f"into: of {len(gone)} of {len(report.modules)} updates less than {SURVIVED_FLOOR:.0%} would survive in "
+            f"{into}, the least {worst.survived:.1%} ({worst.name}); nothing was changed. Use into=None for 16-bit "
+            "layers, serve the adapter beside its base, or pass force=True"
+        )
+    if unload:
+        plain = [name for name, host, adapters in hosts(root) if adapters.leave(host)]
+        drop(root, names)
+        if plain:
+            forget_quantization(root, plain)
+    return report
+
+
 def unmerge(model: nn.Module) -> None:
     """Take a merge back, in place: every weight is W0 again, bit for bit, and the same adapters act.
 
@@ -88,10 +94,10 @@ def unmerge(model: nn.Module) -> None:
         LoraError: not merged, or a weight, A or B changed since the merge. The model is then as it was.
     """
     root = unwrap(model)
-    with whole_or_not(root) as journal:
+    with alone():
         if not is_merged(root):
             raise LoraError("model: it is not merged; there is nothing to take back")
-        unmerge_all(root, journal)
+        whole_or_not(root, lambda journal: unmerge_all(root, journal))
 
 
 def unmerge_all(root: nn.Module, journal: Journal) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import disabled
-from .atomic import steady, whole_or_not
+from .atomic import alone, steady, whole_or_not
 from .bases import FrozenWeight
 from .config import check_name
 from .errors import LoraError, LoraWarning
@@ -77,7 +77,7 @@ def load(
     config, extra = from_peft(file.config, str(folder / CONFIG_FILE))
     tensors = file.tensors()
     update_named(config.update)
-    with whole_or_not(root):
+    with alone():
         adapter = new_adapter(root, check_name(name), config, extra)
         targets = select(root, config, loading=True)
         if not targets:
@@ -92,7 +92,7 @@ def load(
             names = {module: name for name, module in base_modules(root)}
             weights = {names[host]: kind.weight(host) for host, kind, _ in parts}
             _check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
-        install(root, adapter, parts, trainable)
+        whole_or_not(root, lambda _: install(root, adapter, parts, trainable))
     return model
 
 

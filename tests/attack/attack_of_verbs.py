@@ -92,7 +92,7 @@ class Attack:
         report.steps += 1
         report.counts[verdict] += 1
         report.rng += verdict == "before" and moved
-        allowed = self.case.allowed
+        allowed = ("before", "after") if again else self.case.allowed  # of two, one may come before any clean-up
         if raised is None:  # the library expects this exception there, and goes on
             report.swallowed += 1
             allowed = ("after",)

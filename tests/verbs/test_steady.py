@@ -169,7 +169,7 @@ def test_a_save_within_steady_goes_on(tmp_path: Path) -> None:
 
 def test_a_verb_waits_for_the_verb_of_another_thread(waits: Callable[[int], None]) -> None:
     model = net()
-    first = Held(lambda: atomic.whole_or_not(model))
+    first = Held(atomic.alone)
     assert first.came()
     second = Other(lambda: lora.activate(model, "a"))
     waits(1)
