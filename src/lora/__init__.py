@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .activation import activate as activate
     from .activation import disabled as disabled
     from .activation import remove as remove
+    from .atomic import steady as steady
     from .config import LoraConfig as LoraConfig
     from .errors import LoraError as LoraError
     from .errors import LoraWarning as LoraWarning
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoraConfig": "config", "LoraError": "errors", "LoraWarning": "errors", "activate": "activation",
     "disabled": "activation", "inject": "injection", "load": "loading", "merge": "merging", "prepare": "preparation",
-    "remove": "activation", "save": "saving", "summary": "report", "unmerge": "merging",
+    "remove": "activation", "save": "saving", "steady": "atomic", "summary": "report", "unmerge": "merging",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 

@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .atomic import alone, whole_or_not
 from .bases import allow_training, offload_of
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning, ends
 from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_left_out
 from .layers.copies import base_parameters
 from .layers.frozen import settle
-from .layers.host import acting_class, activate, attach, original_class
-from .resident import activate_all, check_root, drop, refuse_merged, resident, unwrap
+from .layers.host import attach
+from .resident import activate_all, check_root, refuse_merged, resident, unwrap
 from .targets import left_in, select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -39,17 +40,14 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         raise LoraError(f"config: got one and also {', '.join(keywords)}; give either a LoraConfig or its fields")
     config = config or LoraConfig.of(**keywords)
     root = unwrap(model, changing=True)
-    adapter = new_adapter(root, check_name(name), config)
-    targets = select(root, config)
-    if config.targets is None:
-        names = [name for name, _ in base_modules(root)]
-        warnings.warn(
-            f"targets: None picked {list(ends(targets, names))}; name them to silence this", LoraWarning, stacklevel=2
-        )
-    tell_left_out(root, config, lambda name: left_in(config, name))
-    parts = fresh_parts(root, targets, config, loading=False)
-    install(root, adapter, parts, trainable=True)
-    Watch(root, adapter.name, parts)
+    with alone():
+        adapter = new_adapter(root, check_name(name), config)
+        targets = select(root, config)
+        if config.targets is None:
+            found = list(ends(targets, [name for name, _ in base_modules(root)]))
+            warnings.warn(f"targets: None picked {found}; name them to silence this", LoraWarning, stacklevel=2)
+        tell_left_out(root, config, lambda name: left_in(config, name))
+        whole_or_not(root, lambda _: _new(root, adapter, targets))
     return model
 
 
@@ -74,6 +72,10 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     first = next(iter(others.values()), None)
     before = first.trainable_before if first else frozenset(n for n, p in base_parameters(root) if p.requires_grad)
     return Adapter(name, config, before, extra or {})
+
+
+def _new(root: nn.Module, adapter: Adapter, targets: dict[str, nn.Module]) -> None:
+    install(root, adapter, fresh_parts(root, targets, adapter.config, loading=False), trainable=True)
 
 
 def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
@@ -109,25 +111,18 @@ def _check_offloaded(root: nn.Module, mine: set[nn.Module]) -> None:
 
 
 def install(root: nn.Module, adapter: Adapter, parts: list[Part], trainable: bool) -> None:
-    """Attach prepared parts and let them act alone; where that fails or is interrupted, the model is as it was."""
-    for host, kind, _ in parts:
-        acting_class(kind.layer, original_class(host))  # made now: making a class may fail
+    """Attach prepared parts, let them act alone, and watch those that are to train; within `whole_or_not`."""
     adapter.anchor = next(name for name, module in base_modules(root) if module is parts[0].host)
-    before = {host: adapters.active for _, host, adapters in hosts(root)}
-    try:
-        if not resident(root):
-            root.requires_grad_(False)
-        allow_training(root, True)
-        for host, kind, part in parts:
-            attach(host, kind, adapter, part)
-            for parameter in kind.trained(part):
-                parameter.requires_grad_(trainable)
-        settle(root, carries=True)
-        for kind in KINDS:
-            kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
-        activate_all(root, [adapter.name])
-    except BaseException:
-        drop(root, [adapter.name], adapter)
-        for host, active in before.items():
-            activate(host, active)
-        raise
+    if not resident(root):
+        root.requires_grad_(False)
+    allow_training(root, True)
+    for host, kind, part in parts:
+        attach(host, kind, adapter, part)
+        for parameter in kind.trained(part):
+            parameter.requires_grad_(trainable)
+    settle(root, carries=True)
+    for kind in KINDS:
+        kind.arrange((name, host, adapters) for name, host, adapters in hosts(root) if type(adapters) is kind)
+    activate_all(root, [adapter.name])
+    if trainable:
+        Watch(root, adapter.name, parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .atomic import alone, whole_or_not
 from .bases import FrozenWeight
 from .config import LoraConfig, check_name
 from .errors import LoraError, LoraWarning
@@ -20,7 +21,7 @@ from .files.header import CONFIG_FILE, PREFIX
 from .files.settings import check_cost, from_peft, meant
 from .files.writing import repair
 from .injection import fresh_parts, install, new_adapter
-from .layers import Adapter, Part, Watch, base_modules, kind_of
+from .layers import Adapter, Part, base_modules, kind_of
 from .layers.host import unwrapped
 from .resident import unwrap
 from .saving import BASE, is_finite, keys_of
@@ -62,12 +63,11 @@ def load(
         adapter.config, parts, notes = _filled(root, file, config, check)
         return file, adapter, parts, notes
 
-    file, adapter, parts, notes = reading(Path(path), prepare)
-    for note in notes:
-        warnings.warn(f"{path}: {note}", LoraWarning, stacklevel=2)
-    install(root, adapter, parts, trainable)
-    if trainable:
-        Watch(root, adapter.name, parts)
+    with alone():
+        file, adapter, parts, notes = reading(Path(path), prepare)
+        for note in notes:
+            warnings.warn(f"{path}: {note}", LoraWarning, stacklevel=2)
+        whole_or_not(root, lambda _: install(root, adapter, parts, trainable))
     repair(file)
     return model
 

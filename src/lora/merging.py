@@ -1,17 +1,17 @@
 """merge and unmerge: fold the update into W0 in fp32, round once, and give W0 back bit for bit."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .atomic import alone, whole_or_not
 from .bases import forget_quantization, into_names
 from .errors import LoraError, LoraWarning
-from .exact import How, MergedModule, MergeReport
+from .exact import How, Journal, MergedModule, MergeReport
 from .layers import Kind, base_modules, hosts
 from .layers.frozen import model_dtype
-from .resident import acting, drop, refuse_merged, refuse_sharded, resident, unwrap
+from .resident import acting, drop, is_merged, refuse_merged, refuse_sharded, resident, unwrap
 
 KEPT_FLOOR = 0.99  # a merge warns where less than this share of an update survives the rounding
 SURVIVED_FLOOR = 0.5  # one that quantizes again is refused where less than this share does
@@ -44,31 +44,18 @@ def merge(
     """
     root = unwrap(model)
     refuse_sharded(model, writing=True)
-    refuse_merged(root)
-    names, there = acting(root), list(resident(root))
-    if not names:
-        raise LoraError(f"model: no adapter acts, so there is nothing to merge; it has {there or 'none'}")
-    known = into_names()
-    if into is not None and into not in known:
-        raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, known))}")
-    idle = [name for name in there if name not in names]
-    if unload and idle:
-        raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
-    report = MergeReport(merge_acting(root, into))
-    gone = [m for m in report.modules if m.quantized and m.survived < SURVIVED_FLOOR]
-    if gone and not force:
-        unmerge(root)
-        worst = min(gone, key=lambda m: m.survived)
-        raise LoraError(
-            f"into: of {len(gone)} of {len(report.modules)} updates less than {SURVIVED_FLOOR:.0%} would survive in "
-            f"{into}, the least {worst.survived:.1%} ({worst.name}); nothing was changed. Use into=None for 16-bit "
-            "layers, serve the adapter beside its base, or pass force=True"
-        )
-    if unload:
-        plain = [name for name, host, adapters in hosts(root) if adapters.leave(host)]
-        drop(root, names)
-        if plain:
-            forget_quantization(root, plain)
+    with alone():
+        refuse_merged(root)
+        names, there = acting(root), list(resident(root))
+        if not names:
+            raise LoraError(f"model: no adapter acts, so there is nothing to merge; it has {there or 'none'}")
+        known = into_names()
+        if into is not None and into not in known:
+            raise LoraError(f"into: got {into!r}; allowed are None (a 16-bit layer), {', '.join(map(repr, known))}")
+        idle = [name for name in there if name not in names]
+        if unload and idle:
+            raise LoraError(f"unload: would drop {', '.join(idle)} unmerged; lora.remove them or activate them first")
+        report = whole_or_not(root, lambda journal: _merge(root, journal, into, unload, force))
     lossy = [m for m in report.modules if m.kept < KEPT_FLOOR]
     if lossy:
         worst = min(lossy, key=lambda m: m.kept)
@@ -82,6 +69,25 @@ def merge(
     return report
 
 
+def _merge(root: nn.Module, journal: Journal, into: str | None, unload: bool, force: bool) -> MergeReport:
+    names = acting(root)
+    report = MergeReport(merge_acting(root, journal, into))
+    gone = [m for m in report.modules if m.quantized and m.survived < SURVIVED_FLOOR]
+    if gone and not force:
+        worst = min(gone, key=lambda m: m.survived)
+        raise LoraError(
+            f"into: of {len(gone)} of {len(report.modules)} updates less than {SURVIVED_FLOOR:.0%} would survive in "
+            f"{into}, the least {worst.survived:.1%} ({worst.name}); nothing was changed. Use into=None for 16-bit "
+            "layers, serve the adapter beside its base, or pass force=True"
+        )
+    if unload:
+        plain = [name for name, host, adapters in hosts(root) if adapters.leave(host)]
+        drop(root, names)
+        if plain:
+            forget_quantization(root, plain)
+    return report
+
+
 def unmerge(model: nn.Module) -> None:
     """Take a merge back, in place: every weight is W0 again, bit for bit, and the same adapters act.
 
@@ -90,40 +96,36 @@ def unmerge(model: nn.Module) -> None:
     """
     root = unwrap(model)
     refuse_sharded(model, writing=True)
+    with alone():
+        if not is_merged(root):
+            raise LoraError("model: it is not merged; there is nothing to take back")
+        whole_or_not(root, lambda journal: unmerge_all(root, journal))
+
+
+def unmerge_all(root: nn.Module, journal: Journal) -> None:
+    """Take the merge back, where there is one."""
     merged = [place for place in hosts(root) if place[2].undo is not None]
-    if not merged:
-        raise LoraError("model: it is not merged; there is nothing to take back")
-    _all_or_none(merged, How(merged_into(root), model_dtype(root)), back=True)
+    how = How(journal, merged_into(root), model_dtype(root)) if merged else How(journal)
+    for name, host, adapters in merged:
+        adapters.unmerge(name, host, how)
 
 
-def merge_acting(root: nn.Module, into: str | None = None) -> list[MergedModule]:
-    """Merge what acts, whole or not at all; nothing at all may act."""
+def merge_acting(root: nn.Module, journal: Journal, into: str | None = None) -> list[MergedModule]:
+    """Merge what acts; nothing at all may act."""
     places = [place for place in hosts(root) if place[2].active]
     if into is not None and not any(adapters.quantization for _, _, adapters in places):
         raise LoraError(f"into: got {into!r}, but no target is quantized; merge, save, and quantize what was saved")
     for place in places:
         _check(*place, into)
     _check_shared(root, places)
-    return _all_or_none(places, How(into, model_dtype(root)))
+    how = How(journal, into, model_dtype(root))
+    return [adapters.merge(name, host, how) for name, host, adapters in places]
 
 
 def merged_into(root: nn.Module) -> str | None:
     """What quantized hosts of a merged model were merged into."""
     undone = [adapters.undo for _, _, adapters in hosts(root) if adapters.undo is not None]
     return next((undo.into for undo in undone if undo.into is not None), None)
-
-
-def _all_or_none(places: list[Place], how: How, back: bool = False) -> list[Any]:
-    """Merge at every place, none of them merged, or unmerge, all of them merged; where one fails or is interrupted,
-    take the ones done back and raise."""
-    try:
-        return [(a.unmerge if back else a.merge)(name, host, how) for name, host, a in places]
-    except BaseException:
-        again = How(how.into, how.dtype)
-        for name, host, adapters in reversed(places):
-            if (adapters.undo is None) == back:  # it was done
-                (adapters.merge if back else adapters.unmerge)(name, host, again)
-        raise
 
 
 def _check(name: str, host: nn.Module, adapters: Kind, into: str | None) -> None:

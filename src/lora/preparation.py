@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .atomic import alone, whole_or_not
 from .bases import is_quantized, weight_of
 from .errors import LoraError
 from .layers.frozen import model_dtype
@@ -43,11 +44,20 @@ def prepare(
     root = unwrap(model)
     if checkpointing not in (True, False, "offload"):
         raise LoraError(f"checkpointing: got {checkpointing!r}; allowed are True, False and 'offload'")
-    heads = _heads(root, head_dtype) if head_dtype is not None else []
-    for _, module in base_modules(root):
-        weight = weight_of(module)
-        if weight is not None and weight.quantization is not None:
-            weight.check()
+    with alone():
+        heads = _heads(root, head_dtype) if head_dtype is not None else []
+        for _, module in base_modules(root):
+            weight = weight_of(module)
+            if weight is not None and weight.quantization is not None:
+                weight.check()
+        whole_or_not(root, lambda _: _prepare(root, checkpointing, norms_fp32, heads, head_dtype))
+    return model
+
+
+def _prepare(
+    root: nn.Module, checkpointing: bool | str, norms_fp32: bool, heads: list[nn.Module],
+    head_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     if checkpointing:
         _checkpoint(root, checkpointing == "offload")
     for module in _norms(root) if norms_fp32 else []:
@@ -58,7 +68,6 @@ def prepare(
     for head in heads:
         assert head_dtype is not None
         _cast(head, head_dtype)
-    return model
 
 
 def _cast_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -94,12 +94,9 @@ def activate_all(root: nn.Module, names: list[str]) -> None:
         activate(host, names)
 
 
-def drop(root: nn.Module, names: list[str], record: Adapter | None = None) -> None:
-    """Detach adapters from an unmerged model; with the last one the base may train again as before.
-
-    `record`: an adapter of the model, where it may have come to no host yet.
-    """
-    record = record or next(iter(resident(root).values()))
+def drop(root: nn.Module, names: list[str]) -> None:
+    """Detach adapters that are not merged; with the last one the base may train again as before."""
+    record = next(iter(resident(root).values()))
     for _, host, adapters in list(hosts(root)):
         for name in names:
             if name in adapters:

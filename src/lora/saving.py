@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import disabled
+from .atomic import steady
 from .bases import FrozenWeight
 from .errors import LoraError
 from .files.fingerprint import fingerprint
@@ -40,13 +41,15 @@ def save(
     """
     root = unwrap(model)
     refuse_sharded(model)
-    names = named(root, name, "to save; call lora.inject(model, ...) first")
-    if is_merged(root):
+    with steady():
+        names = named(root, name, "to save; call lora.inject(model, ...) first")
+        merged = is_merged(root)
+        for each in names if not merged else ():
+            alone = len(names) == 1 or each == "default"
+            _save_one(root, Path(path) if alone else Path(path) / each, resident(root)[each], check)
+    if merged:
         with disabled(root):
-            return save(root, path, name, check=check)
-    for each in names:
-        alone = len(names) == 1 or each == "default"
-        _save_one(root, Path(path) if alone else Path(path) / each, resident(root)[each], check)
+            save(root, path, name, check=check)
 
 
 def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> None:

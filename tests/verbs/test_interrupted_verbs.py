@@ -1,5 +1,6 @@
 """A verb that fails or is interrupted half-way leaves the model as it was."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, same_bits, snapshot
+from lora.exact import Journal
 from lora.layers import LinearAdapters, hosts, matrix
 
 
@@ -90,3 +92,111 @@ def test_the_last_adapter_removed_within_disabled_of_a_merge_into_its_code() -> 
     assert type(model[0]) is bnb.nn.Linear4bit
     lora.inject(model, r=2, targets=["0"])
     assert torch.equal(model(x), base)
+
+
+def test_a_second_interrupt_waits_until_the_first_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
+    before, bits = state(model), snapshot(model)
+    monkeypatch.setattr(matrix, "refresh", fails_at(3, matrix.refresh))
+    real, presses = Journal.back, []
+
+    def back(self: Journal) -> None:
+        presses.append(len(self))
+        signal.raise_signal(signal.SIGINT)
+        real(self)
+
+    monkeypatch.setattr(Journal, "back", back)
+    with pytest.raises(KeyboardInterrupt):
+        lora.merge(model)
+    assert presses and presses[0] == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert state(model) == before
+    assert same_bits(snapshot(model), bits)
+
+
+def test_an_interrupt_while_disabled_is_left_comes_when_all_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
+    lora.merge(model)
+    before, bits = state(model), snapshot(model)
+    block = lora.disabled(model)
+    block.__enter__()
+    real = matrix.refresh
+
+    def interrupted(host: nn.Module) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(host)
+
+    monkeypatch.setattr(matrix, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        block.__exit__(None, None, None)
+    assert state(model) == before
+    assert same_bits(snapshot(model), bits)
+
+
+def test_a_merge_that_no_longer_fits_after_disabled_leaves_its_adapters_acting() -> None:
+    model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
+    lora.merge(model)
+    with pytest.raises(lora.LoraError, match="NaN or infinity"), lora.disabled(model):
+        next(hosts(model))[2]["default"].A.data.fill_(torch.inf)
+    assert [(a.active, a.undo) for _, _, a in hosts(model)] == [(("default",), None)] * 3
+
+
+def test_remove_idle_beside_merged_leaves_the_merge() -> None:
+    model = net()
+    plain = state(model)
+    for name, targets in (("a", ["0", "1"]), ("b", ["1", "2"])):
+        randomize(lora.inject(model, r=2, targets=targets, name=name))
+    lora.merge(model)
+    merged = {name: p for name, p in snapshot(model).items() if "lora" not in name}
+    lora.remove(model, "a")
+    assert [(name, a.active, a.undo is not None, list(a.records)) for name, _, a in hosts(model)] == [
+        ("1", ("b",), True, ["b"]),
+        ("2", ("b",), True, ["b"]),
+    ]
+    assert same_bits({name: p for name, p in snapshot(model).items() if "lora" not in name}, merged)
+    lora.remove(model)
+    assert state(model) == plain
+    assert same_bits(snapshot(model), snapshot(net()))
+
+
+def test_a_refused_inject_gives_the_random_numbers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    torch.manual_seed(3)
+    monkeypatch.setattr("lora.injection.activate_all", fails_at(1, None))
+    with pytest.raises(KeyboardInterrupt):
+        lora.inject(model, r=2, targets=["0"])
+    found = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(found, torch.rand(3))
+
+
+@pytest.mark.parametrize("step", ["_checkpoint", "_cast"])
+def test_an_interrupted_prepare_leaves_dtypes_hooks_and_checkpointing(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora import preparation
+
+    class Model(nn.Module):
+        gradient_checkpointing = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lm_head = nn.LayerNorm(6), nn.Linear(6, 6)
+            self.bfloat16()
+
+        def gradient_checkpointing_enable(self, keywords: dict[str, Any]) -> None:
+            self.gradient_checkpointing = True
+
+    model, real = Model(), getattr(preparation, step)
+    bits, before = snapshot(model), {name: dict(vars(m)) for name, m in model.named_modules()}
+
+    def interrupted(*args: Any) -> None:
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lora.prepare(model, norms_fp32=True, head_dtype=torch.float32)
+    assert same_bits(snapshot(model), bits)
+    assert {name: vars(m) for name, m in model.named_modules()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

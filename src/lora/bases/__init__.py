@@ -20,6 +20,7 @@ from .weight import loadable as loadable
 from .weight import register as register
 from .weight import saved_as as saved_as
 from .weight import supported as supported
+from .weight import touched as touched
 from .weight import unregister as unregister
 from .weight import weight_kind as weight_kind
 from .weight import weight_of as weight_of

@@ -84,6 +84,11 @@ class BitsAndBytes(Quantized):
         settings.llm_int8_skip_modules = sorted({*left_out, *names})
 
     @classmethod
+    def touches(cls, root: nn.Module) -> list[Any]:
+        quantizer = _quantizer(root)
+        return [] if quantizer is None else [quantizer, quantizer.quantization_config, root.config]
+
+    @classmethod
     def after_loading(cls, model: Any) -> None:
         """Let the model be saved: transformers 5 wants to undo each step of its reading, and cannot undo bitsandbytes',
         of which nothing needs to be undone."""

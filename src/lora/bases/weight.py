@@ -117,6 +117,12 @@ class FrozenWeight(ABC):
     def forget(cls, root: nn.Module, names: Iterable[str]) -> None:
         """These modules hold plain weights from now on; the model's config has to say so."""
 
+    @classmethod
+    def touches(cls, root: nn.Module) -> list[Any]:
+        """What is no module and is changed by the two above: an interrupted verb gives it its class and attributes
+        back."""
+        return []
+
     # For transformers' `from_pretrained`.
 
     loads: ClassVar[tuple[str, ...]] = ()  # the quantizations that it can be told to make
@@ -241,6 +247,11 @@ def forget_quantization(root: nn.Module, names: list[str]) -> None:
     """Make a model's config say which modules are no longer quantized, so that it is saved as it is."""
     for kind in _KINDS:
         kind.forget(root, names)
+
+
+def touched(root: nn.Module) -> list[Any]:
+    """What these two change of a model beside its modules."""
+    return [thing for kind in _KINDS for thing in kind.touches(root)]
 
 
 def into_names() -> list[str]:

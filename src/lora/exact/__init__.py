@@ -10,4 +10,5 @@ from .replaced import unmerge_replaced as unmerge_replaced
 from .report import MergedModule as MergedModule
 from .report import MergeReport as MergeReport
 from .undo import How as How
+from .undo import Journal as Journal
 from .undo import Undo as Undo

@@ -3,7 +3,9 @@
 W = round(W0 + D)      D in float64, rounded to fp32 once; the sum in fp32, rounded once
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,11 @@ from ..ops import summed_bias
 from ..updates import Change, Update
 from .patch import Digest, Patch, row_blocks
 from .report import MergedModule, kept_and_noise, moments
-from .undo import Undo, changed, refuse_overflow
+from .undo import Journal, Undo, changed, refuse_overflow
 
 Blocks = list[tuple[slice, Tensor, Tensor]]  # rows of the weight, before and after
 Biases = tuple[Tensor | None, Tensor | None]
+Values = tuple[Blocks, Biases]  # all that is written
 
 
 @dataclass
@@ -38,9 +41,27 @@ class DenseUndo(Undo):
 
 @torch.no_grad()
 def merge_dense(
-    name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...]
+    name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], journal: Journal
 ) -> tuple[MergedModule, DenseUndo]:
     """Fold the updates into the host's weight and bias."""
+    values, report, undo = _merged(name, host, weight, updates)
+    _write(host, weight, values, journal, partial(_unmerged, name, host, weight, updates, undo))
+    return report, undo
+
+
+@torch.no_grad()
+def unmerge_dense(
+    name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], undo: DenseUndo, journal: Journal
+) -> None:
+    """Give the host W0 and its bias back, to the bit. Raises LoraError where something changed since the merge."""
+    values = _unmerged(name, host, weight, updates, undo)
+    _write(host, weight, values, journal, lambda: _merged(name, host, weight, updates)[0])
+
+
+def _merged(
+    name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...]
+) -> tuple[Values, MergedModule, DenseUndo]:
+    """What a merge writes, says and remembers."""
     dense, dtype = weight.dense(), weight.dtype
     scales = [update.output_scale(weight, torch.float64) for update in updates]
     made, digest, patches = Change(updates, scales), Digest(), []
@@ -60,16 +81,12 @@ def merge_dense(
         old_bias = host.get_parameter("bias").detach().clone()
         biases = old_bias, summed_bias(old_bias, updates)
         refuse_overflow(name, biases[1])
-    _write_all(host, weight, blocks, biases)
-    undo = DenseUndo(dtype, digest.value, patches, scales, biases)
-    return MergedModule(name, weight.shape, dtype, *kept_and_noise(sums)), undo
+    report = MergedModule(name, weight.shape, dtype, *kept_and_noise(sums))
+    return (blocks, biases), report, DenseUndo(dtype, digest.value, patches, scales, biases)
 
 
-@torch.no_grad()
-def unmerge_dense(
-    name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], undo: DenseUndo
-) -> None:
-    """Give the host W0 and its bias back, to the bit. Raises LoraError where something changed since the merge."""
+def _unmerged(name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], undo: DenseUndo) -> Values:
+    """What an unmerge writes."""
     dense, made, digest = weight.dense(), Change(updates, undo.scales), Digest()
     blocks: Blocks = []
     bias = host._parameters.get("bias")
@@ -83,21 +100,32 @@ def unmerge_dense(
             blocks.append((rows, merged, old))
     if digest.value != undo.digest:
         raise changed(name, dense.dtype, undo.dtype)
-    _write_all(host, weight, blocks, (merged_bias, old_bias))
+    return blocks, (merged_bias, old_bias)
 
 
-def _write_all(host: nn.Module, weight: FrozenWeight, blocks: Blocks, biases: Biases) -> None:
-    """Write the rows of the weight and the bias; where that fails or is interrupted, write back what they were."""
+def _write(
+    host: nn.Module, weight: FrozenWeight, values: Values, journal: Journal, others: Callable[[], Values]
+) -> None:
+    """Write the rows of the weight and the bias, so that the verb may still be taken back.
 
-    def write(after: bool) -> None:
-        bias = biases[after]
-        if bias is not None:
-            host.get_parameter("bias").copy_(bias)
-        for rows, *values in blocks:
-            weight.write_(rows, values[after])
+    While they are written the journal keeps what they were, and later only how that is computed: `others`.
+    """
+    journal[host] = partial(_put, host, weight, values, False)
+    _put(host, weight, values, True)
 
-    try:
-        write(True)
-    except BaseException:
-        write(False)
-        raise
+    @torch.no_grad()
+    def back() -> None:
+        journal[host] = partial(_put, host, weight, others(), True)
+        journal[host]()
+
+    journal[host] = back
+
+
+@torch.no_grad()
+def _put(host: nn.Module, weight: FrozenWeight, values: Values, after: bool) -> None:
+    blocks, biases = values
+    bias = biases[after]
+    if bias is not None:
+        host.get_parameter("bias").copy_(bias)
+    for rows, *both in blocks:
+        weight.write_(rows, both[after])

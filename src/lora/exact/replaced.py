@@ -71,26 +71,22 @@ def merge_replaced(
     new_bias = summed_bias(bias, updates)
     if new_bias is not None and into is None:
         new_bias = new_bias.to(dtype)  # a plain linear has one dtype
-    try:
-        if into is None:
-            merged = total.to(dtype)
-            before = before.to(dtype).float()  # what the base computes with
-            frozen.install(nn.Parameter(merged, requires_grad=False), {})
-        else:
-            frozen.install(*frozen.quantized(total))
-            merged = frozen.dense(torch.float32)
-        for values in [merged] if new_bias is None else [merged, new_bias]:
-            refuse_overflow(name, values, into)
-        if new_bias is not None and new_bias is not bias:
-            undo.bias = bias
-            host._parameters["bias"] = nn.Parameter(new_bias.detach().clone(), requires_grad=False)
-        kept, noise = kept_and_noise(moments(merged.float() - before, delta))
-        written = _written(host, frozen, updates, into)
-        undo.dtypes = [t.dtype for t in written]
-        undo.digest = _digest(written, undo.dtypes)
-    except BaseException:
-        _put_back(host, frozen, undo)
-        raise
+    if into is None:
+        merged = total.to(dtype)
+        before = before.to(dtype).float()  # what the base computes with
+        frozen.install(nn.Parameter(merged, requires_grad=False), {})
+    else:
+        frozen.install(*frozen.quantized(total))
+        merged = frozen.dense(torch.float32)
+    for values in [merged] if new_bias is None else [merged, new_bias]:
+        refuse_overflow(name, values, into)
+    if new_bias is not None and new_bias is not bias:
+        undo.bias = bias
+        host._parameters["bias"] = nn.Parameter(new_bias.detach().clone(), requires_grad=False)
+    kept, noise = kept_and_noise(moments(merged.float() - before, delta))
+    written = _written(host, frozen, updates, into)
+    undo.dtypes = [t.dtype for t in written]
+    undo.digest = _digest(written, undo.dtypes)
     return MergedModule(name, frozen.shape, dtype, kept, noise, into), undo
 
 

@@ -1,5 +1,6 @@
 """What a merge is told, what it must remember, and the checks around it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +17,30 @@ class Undo:
     into: str | None = None  # what a quantized weight was quantized into again; None for anything else
 
 
+class Journal(dict[nn.Module, Callable[[], None]]):
+    """How the hosts whose tensors are written in place get their values back: noted before the first write.
+
+    An entry may be called again after an interrupt in it.
+    """
+
+    def back(self) -> None:
+        while self:
+            host = next(reversed(self))
+            self[host]()
+            self.pop(host, None)
+
+
 @dataclass
 class How:
     """How all hosts of one merge or unmerge are treated.
+
+    journal: of the verb, for kinds that write values in place; what is exchanged by reference is put back anyway.
 
     into: as `lora.merge` has it. dtype: of a linear that takes a quantized one's place; None: the weight's own.
     exchanged: ids of the tensors whose values were exchanged already, for tensors that are tied.
     """
 
+    journal: Journal
     into: str | None = None
     dtype: torch.dtype | None = None
     exchanged: set[int] = field(default_factory=set)

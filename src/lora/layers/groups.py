@@ -1,6 +1,7 @@
 """Linears that are fed one tensor, computed together as one operator."""
 
 from collections.abc import Iterable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -35,37 +36,39 @@ class Group:
     """Hosts that are fed one tensor. The first called computes for all, the others collect what is theirs.
 
     A member called with another tensor dissolves the group, and everyone computes alone from then on. Nothing is held
-    once the last member has collected.
+    once the last member has collected. Each thread collects what it computed itself.
     """
 
     def __init__(self, members: list[nn.Module]) -> None:
         self.members = members
-        self.x: Tensor | None = None
-        self.ready: dict[int, tuple[Tensor, State]] = {}  # by place among the members
+        # By thread: the input, and the results by place among the members.
+        self.ready: dict[int, tuple[Tensor, dict[int, tuple[Tensor, State]]]] = {}
 
     def collect(self, host: nn.Module, x: Tensor) -> Tensor:
         """y for this host; the caller has checked that the host is one to fuse."""
         place = self.members.index(host)
-        if place in self.ready:
-            y, state = self.ready.pop(place)
-            if x is self.x and state == _state(host, x):
-                self.x = x if self.ready else None
-                return y
-            self.dissolve()
-            return compute([host], x)[0]
-        together = [m for m in self.members if m is host or _joins(m, host, x)]
-        outputs = dict(zip(together, compute(together, x), strict=True))
-        y = outputs.pop(host)
-        others = self.ready if x is self.x else {}  # of members that this one cannot run with
-        self.ready = others | {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
-        self.x = x if self.ready else None
+        thread = 0 if torch.compiler.is_compiling() else get_ident()
+        held, ready = self.ready.pop(thread, (x, {}))
+        if place in ready:
+            y, state = ready.pop(place)
+            if x is not held or state != _state(host, x):
+                self.dissolve()
+                return compute([host], x)[0]
+        else:
+            together = [m for m in self.members if m is host or _joins(m, host, x)]
+            outputs = dict(zip(together, compute(together, x), strict=True))
+            y = outputs.pop(host)
+            others = ready if x is held else {}  # of members that this one cannot run with
+            ready = others | {self.members.index(m): (its, _state(m, x)) for m, its in outputs.items()}
+        if ready:
+            self.ready[thread] = x, ready
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "x": None, "ready": {}}  # a copy starts with nothing to collect
+        return {"members": self.members, "ready": {}}  # a copy starts with nothing to collect
 
     def dissolve(self) -> None:
-        self.x, self.ready = None, {}
+        self.ready = {}
         for member in self.members:
             adapters: Any = adapters_of(member)
             if adapters is not None:

@@ -201,16 +201,16 @@ def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Mod
     adapters._modules[adapter.name] = part
     adapters.training = host.training
     part.train(host.training)  # this one only: the rest follow the host already, and there may be many
-    adapters.records[adapter.name] = adapter
+    adapters.records = {**adapters.records, adapter.name: adapter}
 
 
 def detach(host: nn.Module, name: str) -> None:
     """Take one adapter's part away, and the last traces with the last one."""
     adapters = adapters_of(host)
-    assert adapters is not None and adapters.undo is None
+    assert adapters is not None and (adapters.undo is None or name not in adapters.active)
     activate(host, [n for n in adapters.active if n != name])
     adapters._modules.pop(name, None)
-    adapters.records.pop(name, None)
+    adapters.records = {n: record for n, record in adapters.records.items() if n != name}
     if not adapters.records:
         take_layer(host, None)
         del host.lora

@@ -113,11 +113,15 @@ class Kind(Adapters):
         return []
 
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
-        """Fold what acts into the host and set `undo`, or raise and change nothing."""
+        """Fold what acts into the host and set `undo`.
+
+        It may fail or be interrupted anywhere: the verb gives modules their attributes and parameters back, and tensors
+        their memory. A kind that writes into that memory notes in `how.journal`, before, how to give the values back.
+        """
         raise NotImplementedError
 
     def unmerge(self, name: str, host: nn.Module, how: How) -> None:
-        """Give the host back what it had, to the bit, and clear `undo`, or raise and change nothing."""
+        """Give the host back what it had, to the bit, and clear `undo`; as for `merge`, if that fails."""
         raise NotImplementedError
 
     def leave(self, host: nn.Module) -> bool:

@@ -131,7 +131,7 @@ class MatrixKind(Kind):
         if self.quantized:
             report, self.undo = exact.merge_replaced(name, host, self.frozen, self.terms, how)
         else:
-            report, self.undo = exact.merge_dense(name, host, self.frozen, self.terms)
+            report, self.undo = exact.merge_dense(name, host, self.frozen, self.terms, how.journal)
         refresh(host)
         return report
 
@@ -140,7 +140,7 @@ class MatrixKind(Kind):
             exact.unmerge_replaced(name, host, self.frozen, self.terms, self.undo)
         else:
             assert isinstance(self.undo, exact.DenseUndo)
-            exact.unmerge_dense(name, host, self.frozen, self.terms, self.undo)
+            exact.unmerge_dense(name, host, self.frozen, self.terms, self.undo, how.journal)
         self.undo = None
         refresh(host)
 
