@@ -103,6 +103,21 @@ def test_dead_target_in_checkpointed_layers_is_named_after_the_whole_pass(reentr
     assert hooks(model) == 0
 
 
+def test_what_stands_before_checkpointed_layers_has_its_gradient_after_theirs() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4), Layers(reentrant=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.first(x))
+
+    model = lora.inject(Net(), targets=["first", "q"])
+    with said():
+        step(model)
+    assert hooks(model) == 0
+
+
 def test_checkpoints_within_checkpoints_are_one_pass() -> None:
     model = lora.inject(Layers(reentrant=True), targets=["q", "k"])
     x = X.clone().requires_grad_()

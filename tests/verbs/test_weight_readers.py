@@ -180,6 +180,15 @@ def test_weight_reader_whose_source_is_not_there_is_left_to_the_first_backward_p
         model.m(X).sum().backward()
 
 
+def test_a_method_without_source_may_call_what_others_read() -> None:
+    scope: dict = {"Reader": Reader}
+    exec("class Hidden(Reader):\n    def forward(self, x):\n        return self.dt(self.up(x))", scope)
+    model = nn.ModuleDict({"m": scope["Hidden"]()})
+    with said():
+        lora.inject(model, targets=["up", "dt"])
+        model.m(X).sum().backward()
+
+
 def test_weight_reader_in_a_file_is_told_of_when_it_is_loaded(tmp_path: Path) -> None:
     source = nn.ModuleDict({"m": Heir()})
     lora.inject(source, targets=["dt"], r=2)
