@@ -30,7 +30,7 @@ ROOMS = {
     "layers": "errors kernels config ops bases updates exact",
     "targets": "errors config bases layers",
     "resident": "errors config bases layers",
-    "atomic": "errors bases exact",
+    "atomic": "errors bases exact layers",
     "preparation": "errors ops bases updates layers targets resident atomic",
     "report": "errors tables bases layers resident preparation",
     "merging": "errors bases exact layers resident atomic",

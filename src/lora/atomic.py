@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from .bases import touched
 from .errors import LoraError
 from .exact import Journal
+from .layers.host import adapters_of, outside_adapters
 
 ResultT = TypeVar("ResultT")
 _TABLES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))  # parameters, hooks, ...
@@ -81,6 +82,16 @@ def later_interrupts() -> Iterator[None]:
         handler(*came[-1])
 
 
+def _changeable(root: nn.Module) -> Iterator[nn.Module]:
+    """What a verb may write to: not the parts of adapters that do not act, of which there may be many."""
+    for module in outside_adapters(root):
+        yield module
+        if (adapters := adapters_of(module)) is not None:
+            yield adapters
+            for term in adapters.terms:
+                yield from term.modules()
+
+
 class _Before:
     """What a model was, by reference: classes, attributes, children, parameters, hooks; the memory of tensors and
     whether they train; what others keep on the model; the random numbers.
@@ -89,7 +100,7 @@ class _Before:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        modules = list(root.modules())
+        modules = list(dict.fromkeys(_changeable(root)))
         self.things: list[Any] = [*modules, *touched(root)]
         self.kinds = [*map(type, self.things)]
         self.tables = [thing.__dict__ for thing in self.things]

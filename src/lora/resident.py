@@ -11,7 +11,7 @@ from .errors import LoraError, near
 from .layers import Adapter, hosts
 from .layers.copies import base_parameters
 from .layers.frozen import settle
-from .layers.host import activate, detach, unwrapped
+from .layers.host import activate, detach, outside_adapters, unwrapped
 
 
 def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
@@ -22,7 +22,7 @@ def unwrap(model: nn.Module, changing: bool = False) -> nn.Module:
     root = unwrapped(model)
     if isinstance(root, torch.jit.ScriptModule):
         raise LoraError("model: a TorchScript module has fixed layers; adapt it before torch.jit.script")
-    for module in model.modules() if changing else ():
+    for module in outside_adapters(model) if changing else ():
         if _is_fsdp1(module) or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise LoraError(f"model: {type(module).__name__} would not sync new parameters; add them, then wrap it")
     return root

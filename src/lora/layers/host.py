@@ -192,6 +192,14 @@ def base_modules(model: nn.Module, every_name: bool = False) -> Iterator[tuple[s
     return walk(model, "")
 
 
+def outside_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules, wrappers too, but nothing of its adapters; a shared one as often as it is there."""
+    yield model
+    for child in model._modules.values():
+        if child is not None and not isinstance(child, Adapters):
+            yield from outside_adapters(child)
+
+
 def attach(host: nn.Module, kind: type[Adapters], adapter: Adapter, part: nn.Module) -> None:
     """Give a host one adapter's part, not yet active."""
     adapters = adapters_of(host)
