@@ -1,5 +1,5 @@
 # make demo: adapt a small model to a task, offline, in minutes.   make test: the whole suite on CPU.
-# make attack: the long form of tests/attack, about an hour.
+# make attack: the long form of tests/attack, for hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,7 @@ bench: $(READY)
 
 attack: $(READY)
 	$(BIN)/python tests/attack/attack_of_files.py
+	$(BIN)/python -m pytest -m attack tests/attack
 
 clean:
 	rm -rf $(VENV) build dist

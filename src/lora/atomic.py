@@ -27,13 +27,14 @@ _EMPTY: dict[str, Any] = {}
 _PAUSE = 0.001  # seconds between two looks at who has the turn
 _verb: dict[str, tuple[int, object]] = {}  # "now": the thread whose verb runs, and its outermost turn
 _forwards: dict[object, int] = {}  # turns within `steady`, and their threads
+_waiting: dict[object, int] = {}  # those that wait for a verb
 
 
 def steady() -> AbstractContextManager[None]:
     """Within the block no verb runs in another thread: forward passes in it read one set of adapters, whole.
 
-    Any number of threads may be within it at once. A verb of another thread waits until all have left; those that come
-    after it wait for the verb. It is for all models of the process.
+    Any number of threads may be within it at once. A verb of another thread waits until all have left; who comes after
+    it waits for the verb, and goes before the next one. It is for all models of the process.
 
     Raises:
         LoraError: from a verb that is called within the block by the same thread, which would wait for itself. `save`
@@ -156,8 +157,9 @@ def _take(mine: object, me: int) -> None:
     while True:
         _forwards[mine] = me
         if within or _verb.get("now", (me, mine))[0] == me:
+            _waiting.pop(mine, None)
             return
-        del _forwards[mine]
+        _waiting[mine] = _forwards.pop(mine)
         time.sleep(_PAUSE)
 
 
@@ -166,6 +168,9 @@ def _take_alone(mine: object, me: int) -> None:
         return  # a verb within a verb
     if me in _forwards.copy().values():
         raise LoraError("model: this thread is within lora.steady(), and a verb would wait for it; leave that first")
+    first = _waiting.copy()  # a thread of many verbs keeps nobody out
+    while first.keys() & _waiting.copy().keys():
+        time.sleep(_PAUSE)
     while _verb.setdefault("now", (me, mine))[1] is not mine:
         time.sleep(_PAUSE)
     while _forwards:
@@ -174,5 +179,6 @@ def _take_alone(mine: object, me: int) -> None:
 
 def _give(mine: object) -> None:
     _forwards.pop(mine, None)
+    _waiting.pop(mine, None)
     if _verb.get("now", (0, None))[1] is mine:
         del _verb["now"]

@@ -92,7 +92,7 @@ def acting(model: nn.Module) -> set[tuple[str, ...]]:
 
 
 def nobody_has_a_turn() -> bool:
-    return not atomic._verb and not atomic._forwards
+    return not atomic._verb and not atomic._forwards and not atomic._waiting
 
 
 def test_many_threads_are_steady_at_once_and_a_verb_waits_for_all(waits: Callable[[int], None]) -> None:
@@ -126,6 +126,21 @@ def test_who_comes_after_a_waiting_verb_waits_for_it_so_that_it_has_its_turn(wai
     first.end()
     assert verb.done() and second.done()
     assert seen == [{("a",)}]
+
+
+def test_who_waits_for_a_verb_goes_before_the_next_verb(waits: Callable[[int], None]) -> None:
+    model = net()
+    first = Held(atomic.alone)
+    assert first.came()
+    reader = Held(lora.steady)
+    waits(1)
+    second = Other(lambda: lora.activate(model, "a"))
+    waits(2)
+    first.end()
+    assert reader.came()
+    assert second.is_alive() and acting(model) == {("b",)}
+    reader.end()
+    assert second.done() and acting(model) == {("a",)}
 
 
 def test_steady_within_steady_does_not_wait_for_a_waiting_verb(waits: Callable[[int], None]) -> None:
