@@ -151,12 +151,12 @@ def record(rng: random.Random, text: Any) -> str:
     """A text of the metadata that is JSON, with one hostile value in it."""
     try:
         known = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return rng.choice(VALUES)
     if isinstance(known, dict) and known:
         samples = known.get("samples")
-        if isinstance(samples, list) and samples and rng.random() < 0.5:
-            row = rng.choice(samples)
+        row = rng.choice(samples) if isinstance(samples, list) and samples and rng.random() < 0.5 else None
+        if isinstance(row, list) and row:
             row[rng.randrange(len(row))] = hostile(rng)
         else:
             known[rng.choice(list(known))] = hostile(rng)
