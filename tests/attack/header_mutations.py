@@ -92,7 +92,9 @@ def a_shape(rng: random.Random, draft: Draft) -> None:
 
 
 def an_offset(rng: random.Random, draft: Draft) -> None:
-    if (entry := draft.tensor(rng)) and isinstance(place := entry.get("data_offsets"), list) and len(place) == 2:
+    entry = draft.tensor(rng)
+    place = entry.get("data_offsets") if entry else None
+    if entry and isinstance(place, list) and [*map(type, place)] == [int, int]:
         begin, end = place
         new = [[end, begin], [begin, end + 4], [begin + 4, end], [0, 1 << 40], [-8, end], [begin], hostile(rng)]
         entry["data_offsets"] = rng.choice(
