@@ -128,15 +128,33 @@ def test_who_comes_after_a_waiting_verb_waits_for_it_so_that_it_has_its_turn(wai
     assert seen == [{("a",)}]
 
 
-def test_who_waits_for_a_verb_goes_before_the_next_verb(waits: Callable[[int], None]) -> None:
+def test_who_waits_for_a_verb_goes_before_the_next_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleepers: list[int] = []
+    asleep, wake, looked = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def sleep(seconds: float) -> None:
+        me = threading.get_ident()
+        sleepers.append(me)
+        if me == sleepers[0]:  # the forward pass sleeps for long
+            asleep.set()
+            assert wake.wait(HANG)
+        else:
+            looked.release()
+            threading.Event().wait(seconds)
+
     model = net()
     first = Held(atomic.alone)
     assert first.came()
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
     reader = Held(lora.steady)
-    waits(1)
+    assert asleep.wait(HANG)
     second = Other(lambda: lora.activate(model, "a"))
-    waits(2)
+    assert looked.acquire(timeout=HANG)
     first.end()
+    while looked.acquire(blocking=False):
+        pass
+    assert all(looked.acquire(timeout=10) for _ in range(3)), "the verb did not wait"
+    wake.set()
     assert reader.came()
     assert second.is_alive() and acting(model) == {("b",)}
     reader.end()
