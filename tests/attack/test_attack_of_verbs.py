@@ -16,21 +16,13 @@ from interrupt import Interrupt, raising
 pytest.importorskip("bitsandbytes")
 CASES = cases()
 
-BETWEEN = {"save", "save_merged"}
-"""Verbs that may still be stopped between before and after: a save leaves the file that it was about to rename."""
-
-
-def marked(case: Case) -> object:
-    marks = [pytest.mark.xfail(reason="stopped between")] if case.verb in BETWEEN else []
-    return pytest.param(case, id=case.name, marks=marks)
-
 
 def proved(report: Report) -> None:
     assert report.steps > 0
     assert not report.wrong, [(found.place, found.verdict, found.differs, found.lost) for found in report.wrong[:3]]
 
 
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_interrupted_merge_and_every_other_verb_is_before_or_after(case: Case) -> None:
     proved(attack(case, "KeyboardInterrupt", few=12 if case.model == "linear" else 3, first=7))
 
@@ -38,7 +30,7 @@ def test_interrupted_merge_and_every_other_verb_is_before_or_after(case: Case) -
 @pytest.mark.attack
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_every_step_of_every_verb(case: Case, error: str) -> None:
     proved(attack(case, error))
 
@@ -46,7 +38,7 @@ def test_every_step_of_every_verb(case: Case, error: str) -> None:
 @pytest.mark.attack
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("again", [1, 2, 3, 5, 8, 13, 21, 34])
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
 def test_a_second_interrupt_inside_the_clean_up(case: Case, again: int) -> None:
     proved(attack(case, again=again, every=3))
 

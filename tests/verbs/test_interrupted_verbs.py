@@ -1,6 +1,7 @@
 """A verb that fails or is interrupted half-way leaves the model as it was."""
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import lora
 from conftest import randomize, same_bits, snapshot
 from lora.exact import Journal
-from lora.layers import LinearAdapters, hosts, matrix
+from lora.layers import LinearAdapters, hosts, matrix, whole
 
 
 def net() -> nn.Sequential:
@@ -94,6 +95,15 @@ def test_the_last_adapter_removed_within_disabled_of_a_merge_into_its_code() -> 
     assert torch.equal(model(x), base)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to an interrupt, also where the shell that started the tests has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interrupt_waits_until_the_first_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
     before, bits = state(model), snapshot(model)
@@ -114,6 +124,7 @@ def test_a_second_interrupt_waits_until_the_first_is_taken_back(monkeypatch: pyt
     assert same_bits(snapshot(model), bits)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_while_disabled_is_left_comes_when_all_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
     lora.merge(model)
@@ -127,6 +138,19 @@ def test_an_interrupt_while_disabled_is_left_comes_when_all_is_as_before(monkeyp
         real(host)
 
     monkeypatch.setattr(matrix, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        block.__exit__(None, None, None)
+    assert state(model) == before
+    assert same_bits(snapshot(model), bits)
+
+
+def test_a_whole_module_whose_values_were_exchanged_while_disabled_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(lora.inject(net(), r=2, targets=["0"], train=["1"]))
+    lora.merge(model)
+    before, bits = state(model), snapshot(model)
+    block = lora.disabled(model)
+    block.__enter__()
+    monkeypatch.setattr(whole, "refresh", fails_at(1, whole.refresh))  # its values are exchanged by then
     with pytest.raises(KeyboardInterrupt):
         block.__exit__(None, None, None)
     assert state(model) == before

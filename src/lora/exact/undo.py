@@ -18,7 +18,7 @@ class Undo:
 
 
 class Journal(dict[nn.Module, Callable[[], None]]):
-    """How the hosts whose tensors are written in place get their values back: noted before the first write.
+    """How hosts and parts get back the values that a merge writes or exchanges: noted before the first write.
 
     An entry may be called again after an interrupt in it.
     """
@@ -34,7 +34,7 @@ class Journal(dict[nn.Module, Callable[[], None]]):
 class How:
     """How all hosts of one merge or unmerge are treated.
 
-    journal: of the verb, for kinds that write values in place; what is exchanged by reference is put back anyway.
+    journal: of the verb, for kinds that write values in place or exchange them with a part's.
 
     into: as `lora.merge` has it. dtype: of a linear that takes a quantized one's place; None: the weight's own.
     exchanged: ids of the tensors whose values were exchanged already, for tensors that are tied.

@@ -115,8 +115,9 @@ class Kind(Adapters):
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         """Fold what acts into the host and set `undo`.
 
-        It may fail or be interrupted anywhere: the verb gives modules their attributes and parameters back, and tensors
-        their memory. A kind that writes into that memory notes in `how.journal`, before, how to give the values back.
+        It may fail or be interrupted anywhere: the verb gives modules their attributes and parameters back, and the
+        base's tensors their memory. A kind that writes into that memory, or exchanges it with a part's, notes in
+        `how.journal`, before, how to give the values back.
         """
         raise NotImplementedError
 

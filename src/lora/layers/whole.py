@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -211,12 +212,18 @@ class WholeAdapters(Kind):
         copy = self.terms[-1].module
         theirs = {plain_name(n): t for n, t in [*host.named_parameters(), *host.named_buffers()]}
         mine = {plain_name(n): t for n, t in [*copy.named_parameters(), *copy.named_buffers()]}
-        own = [(n, t) for n, t in mine.items() if t is not theirs[n]]
-        for n, tensor in own:
-            if id(tensor) not in how.exchanged:
-                how.exchanged.add(id(tensor))
-                tensor.data, theirs[n].data = theirs[n].data, tensor.data
-        return own[0][1]
+        own = [(t, theirs[n]) for n, t in mine.items() if t is not theirs[n]]
+        pairs = [pair for pair in own if id(pair[0]) not in how.exchanged]
+        how.exchanged |= {id(tensor) for tensor, _ in pairs}
+        how.journal[host] = partial(_give_back, [(tensor, tensor.data) for pair in pairs for tensor in pair])
+        for tensor, other in pairs:
+            tensor.data, other.data = other.data, tensor.data
+        return own[0][0]
+
+
+def _give_back(memory: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, data in memory:
+        tensor.data = data
 
 
 def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> dict[str, tuple[str, ...]]:
