@@ -86,7 +86,7 @@ def test_checkpointing_and_offload_give_the_same_bits(kind: str, how: bool | str
     torch.manual_seed(0)
     _, want = gradients(model, tokens)
     lora.prepare(model, checkpointing=how)
-    from lora import offload
+    from lora.ops import offload
 
     offload.SMALLEST, before = 0, offload.SMALLEST
     try:
