@@ -5,6 +5,7 @@ in place have a journal beside it. Verbs of all threads run one after the other,
 `steady`.
 """
 
+import os
 import signal
 import threading
 import time
@@ -184,3 +185,13 @@ def _give(mine: object) -> None:
     _waiting.pop(mine, None)
     if _verb.get("now", (0, None))[1] is mine:
         del _verb["now"]
+
+
+def _nobody() -> None:
+    """In a forked process: the threads that have turns are not there, and would be waited for."""
+    for turns in (_verb, _forwards, _waiting):
+        turns.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_nobody)
