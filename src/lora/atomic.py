@@ -5,10 +5,11 @@ in place have a journal beside it. Verbs of all threads run one after the other,
 `steady`.
 """
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -48,14 +49,16 @@ def alone() -> AbstractContextManager[None]:
     return _turn(alone=True)
 
 
-def whole_or_not(root: nn.Module, change: Callable[[Journal], ResultT]) -> ResultT:
+def whole_or_not(
+    root: nn.Module, change: Callable[[Journal], ResultT], beside: Iterable[nn.Module] = ()
+) -> ResultT:  # fmt: skip
     """Call what changes the model, alone; where it fails or is interrupted, take all back and raise.
 
     It is given the journal, for tensors that are written in place. It is a function and not a block, whose end Python
-    may leave out when a second interrupt comes just there.
+    may leave out when a second interrupt comes just there. `beside`: what it changes of adapters that do not act.
     """
     with alone():
-        before, journal = _Before(root), Journal()
+        before, journal = _Before([*_changeable(root), *beside], touched(root)), Journal()
         try:
             try:
                 return change(journal)
@@ -100,9 +103,9 @@ class _Before:
     Few objects are made for it: many would have Python look for garbage, which takes longer than a verb.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        modules = list(dict.fromkeys(_changeable(root)))
-        self.things: list[Any] = [*modules, *touched(root)]
+    def __init__(self, changed: list[nn.Module], others: list[Any]) -> None:
+        modules = list(dict.fromkeys(changed))
+        self.things: list[Any] = [*modules, *others]
         self.kinds = [*map(type, self.things)]
         self.tables = [thing.__dict__ for thing in self.things]
         self.tables += [t for m in modules for name in _TABLES if (t := vars(m).get(name)) is not None]
@@ -182,3 +185,13 @@ def _give(mine: object) -> None:
     _waiting.pop(mine, None)
     if _verb.get("now", (0, None))[1] is mine:
         del _verb["now"]
+
+
+def _nobody() -> None:
+    """In a forked process: the threads that have turns are not there, and would be waited for."""
+    for turns in (_verb, _forwards, _waiting):
+        turns.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_nobody)

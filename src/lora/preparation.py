@@ -50,7 +50,8 @@ def prepare(
             weight = weight_of(module)
             if weight is not None and weight.quantization is not None:
                 weight.check()
-        whole_or_not(root, lambda _: _prepare(root, checkpointing, norms_fp32, heads, head_dtype))
+        cast = [inner for module in (*_norms(root), *heads) for inner in module.modules()]  # also copies that are idle
+        whole_or_not(root, lambda _: _prepare(root, checkpointing, norms_fp32, heads, head_dtype), beside=cast)
     return model
 
 

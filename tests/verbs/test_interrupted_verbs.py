@@ -224,3 +224,24 @@ def test_an_interrupted_prepare_leaves_dtypes_hooks_and_checkpointing(
     assert same_bits(snapshot(model), bits)
     assert {name: vars(m) for name, m in model.named_modules()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("settings", [{"head_dtype": torch.float64}, {"norms_fp32": True}])
+def test_an_interrupted_prepare_leaves_the_copies_that_do_not_act(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora import preparation
+
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "LayerNorm": nn.LayerNorm(4), "lm_head": nn.Linear(4, 4)}).bfloat16()
+    lora.inject(model, r=2, targets=["fc"], train=["LayerNorm", "lm_head"])
+    lora.activate(model, None)
+    before, real = snapshot(model), preparation._cast
+
+    def interrupted(*args: Any) -> None:
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation, "_cast", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lora.prepare(model, checkpointing=False, **settings)
+    assert same_bits(snapshot(model), before)

@@ -1,5 +1,7 @@
 """Verbs of several threads, and the forward passes that no verb may come between."""
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,4 +232,21 @@ def test_the_block_of_disabled_keeps_no_other_thread_waiting() -> None:
 def test_an_exception_within_steady_ends_it() -> None:
     with pytest.raises(ValueError, match="mine"), lora.steady():
         raise ValueError("mine")
+    assert nobody_has_a_turn()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("block", [lora.steady, atomic.alone])
+def test_a_forked_process_waits_for_no_thread_of_its_parent(block: Callable[[], Any]) -> None:
+    model, held = net(), Held(block)
+    assert held.came()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(HANG)  # the end of one that hangs
+        try:
+            lora.activate(model, "a")
+        finally:
+            os._exit(acting(model) != {("a",)})
+    assert os.waitpid(child, 0)[1] == 0
+    held.end()
     assert nobody_has_a_turn()

@@ -1,5 +1,6 @@
 """Modules whose parent reads their weight and never calls them are found in its source, and named."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,47 @@ class GoesThrough(Reader):
         return x + self.dt.weight.sum()
 
 
+class Regularized(nn.Sequential):
+    """Its forward, torch's own, goes through `self`."""
+
+    def __init__(self) -> None:
+        super().__init__(OrderedDict(up=nn.Linear(4, 4), dt=nn.Linear(4, 4)))
+
+    def penalty(self) -> Tensor:
+        return self.dt.weight.pow(2).sum()
+
+
+class ByName(Reader):
+    def parts(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in ("up", "dt")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, dt = self.parts()
+        return dt(up(x)) + self.dt.weight.sum()
+
+
+class HandsOnByKeyword(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return apply(x=x, module=self) + self.dt.weight.sum()
+
+
+class HasAnotherName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        me = self
+        return apply(me, x) + self.dt.weight.sum()
+
+
+class Container(nn.Module):
+    """Has no forward: others call its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dt = nn.Linear(4, 4)
+
+    def penalty(self) -> Tensor:
+        return self.dt.weight.pow(2).sum()
+
+
 class OnlyAtStart(nn.Module):
     """Reads the weight to initialize it; a module around it calls it."""
 
@@ -98,7 +140,11 @@ class Config:
     is_quantized = True
 
 
-@pytest.mark.parametrize("kind", [Heir, HandsOn, ByPart, GoesThrough, OnlyAtStart, CalledFromAround])
+CALLED = [Heir, HandsOn, ByPart, GoesThrough, OnlyAtStart, CalledFromAround]
+CALLED += [Regularized, ByName, HandsOnByKeyword, HasAnotherName, Container]
+
+
+@pytest.mark.parametrize("kind", CALLED)
 def test_a_module_that_somebody_may_call_is_adapted(kind: type[nn.Module]) -> None:
     model = nn.ModuleDict({"m": kind()})
     with said():

@@ -48,12 +48,12 @@ def check_fast_path(model: nn.Module, name: str) -> None:
 def _only_read(modules: dict[str, nn.Module], name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     parent = modules[path]
-    functions = _naming(parent, leaf)
-    if not any("weight" in _looked_up(function.__code__) for function in functions):
+    kind: Any = original_class(parent)
+    if not any("weight" in _looked_up(function.__code__) for function in _naming_of(kind, leaf)):
         return False
-    if "forward" in parent.__dict__ and "_old_forward" not in parent.__dict__:
-        return False  # somebody replaced it
-    if {use for function in functions for use in _uses(function, parent, leaf)} != {"read"}:
+    if kind.forward is nn.Module.forward or ("forward" in parent.__dict__ and "_old_forward" not in parent.__dict__):
+        return False  # it is a container, whose children others call, or somebody replaced its forward
+    if {use for function in _methods(kind) for use in _uses(function, parent, leaf)} != {"read"}:
         return False
     around = [modules[path[:end]] for end in range(len(path)) if path[end] == "." or not end]  # from the root down
     outer = {use for m in around for function in _naming(m, leaf) for use in _uses(function, m, leaf)}
@@ -67,7 +67,13 @@ def _naming(module: nn.Module, leaf: str) -> list[FunctionType]:
 
 @cache
 def _naming_of(kind: type, leaf: str) -> list[FunctionType]:
-    """`forward`, and whatever of a class and its bases looks up an attribute of this name; [] where nothing does."""
+    """What of a class and its bases looks up an attribute of this name."""
+    return [function for function in _methods(kind) if leaf in _looked_up(function.__code__)]
+
+
+@cache
+def _methods(kind: type) -> list[FunctionType]:
+    """The functions of a class and its bases, also those behind properties and decorators."""
     found = []
     for base in kind.__mro__:
         for value in vars(base).values() if issubclass(base, nn.Module) and base is not nn.Module else ():
@@ -75,8 +81,7 @@ def _naming_of(kind: type, leaf: str) -> list[FunctionType]:
             function = inspect.unwrap(inner) if callable(inner) else None
             if isinstance(function, FunctionType):
                 found.append(function)
-    named = [function for function in found if leaf in _looked_up(function.__code__)]
-    return named and [*named, *(f for f in found if f.__name__ == "forward" and f not in named)]
+    return found
 
 
 @cache
@@ -99,10 +104,15 @@ def _uses(function: FunctionType, module: nn.Module, leaf: str) -> Iterator[str]
                     yield "used"
                 elif around.attr == "weight" and ast.unparse(node.value) == "self" and not starts:
                     yield "read"
-            case ast.Name(id="self"), ast.Call(func=called) if ast.unparse(called) not in ASKS:
+            case ast.Name(id="self"), _ if not _asks(around):
                 yield "handed on"
             case ast.Attribute(value=ast.Name(id="self"), attr=attr), _ if attr in ENUMERATES:
                 yield "handed on"
+
+
+def _asks(around: ast.AST) -> bool:
+    """Whether what stands around `self` takes no more of it than an attribute or an answer."""
+    return isinstance(around, ast.Attribute) or (isinstance(around, ast.Call) and ast.unparse(around.func) in ASKS)
 
 
 @cache
