@@ -92,6 +92,11 @@ def _filled(
         notes.append(f"{few(own)} are not the base's, so they are taken for modules that were trained whole (train=)")
         parts = fresh_parts(root, targets, config, loading=True)
         _check_shapes(root, file, _wanted(parts, names))
+    if unknown := [key for key in copies if copies[key].is_meta]:
+        notes.append(
+            f"{few(unknown)} are left out as copies of the base's, which is on the meta device and cannot be compared. "
+            "If they were trained, load on a base that is in memory"
+        )
     if wide := [key for key, tensor in tensors.items() if tensor.dtype == torch.float64]:
         notes.append(f"{len(wide)} of its tensors are float64 and are rounded: {few(wide)}")
     notes += _part_tied(parts, names, tensors)

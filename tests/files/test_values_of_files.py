@@ -18,6 +18,7 @@ from conftest import randomize, refused, same_bits, tiny_llama
 from lora import LoraError, LoraWarning
 from lora.files.adapter import read
 from lora.files.writing import write
+from said import said
 from small_adapter import TENSORS, made, net
 
 
@@ -128,6 +129,17 @@ def test_peft_vocabulary_of_another_module_is_still_unexpected(tmp_path: Path) -
     save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
     model = tiny_llama()
     refused(lambda: lora.load(model, tmp_path), model, r"1 unexpected: .*k_proj\.weight")
+
+
+def test_a_copy_of_what_is_on_the_meta_device_is_left_out_with_a_word(tmp_path: Path) -> None:
+    lora.save(randomize(lora.inject(tiny_llama(), r=2, targets=["q_proj"])), tmp_path)
+    key = "base_model.model.model.embed_tokens.weight"
+    model = tiny_llama()
+    tensors = {**load_file(tmp_path / TENSORS), key: torch.ones(model.model.embed_tokens.weight.shape)}
+    save_file(tensors, tmp_path / TENSORS, {"format": "pt"})
+    model.model.embed_tokens.to("meta")
+    with said(f"{key} are left out as copies of the base's, which is on the meta device"):
+        lora.load(model, tmp_path, check=False)
 
 
 def test_a_tied_pair_needs_one_of_its_names_in_the_file(tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ def test_dead_target_under_gradient_accumulation_is_named_after_the_first_of_the
         step(model)
 
 
+def test_dead_target_of_one_of_two_losses_is_named_with_the_word_that_another_may_reach_it() -> None:
+    model = lora.inject(
+        nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}), targets=["first", "second"]
+    )
+    with said("Unless another loss or batch reaches them, leave them out with exclude=['second']"):
+        model["first"](X).sum().backward()
+        model["second"](X).sum().backward()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("adapt", [["q", "k"], ["q", "k", "head"]], ids=str)
 def test_dead_target_in_checkpointed_layers_is_named_after_the_whole_pass(reentrant: bool, adapt: list[str]) -> None:

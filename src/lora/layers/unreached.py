@@ -89,7 +89,8 @@ class Watch:
         warnings.warn(
             f"model: {len(dead)} of {len(there)} modules of adapter {self.adapter!r} had no gradient in {passes}: "
             f"{', '.join(found[:8])}{', ...' if len(found) > 8 else ''}. The loss does not depend on what the adapter "
-            f"adds there (nobody calls them, or the batch had no input for them); {' and '.join(advice)}",
+            f"adds there (nobody calls them, or the batch had no input for them). Unless another loss or batch reaches "
+            f"them, {' and '.join(advice)}",
             LoraWarning,
             stacklevel=2,
         )
