@@ -150,7 +150,7 @@ def test_empty_name_a_parameter_is_called_one_and_its_module_named() -> None:
             self.gain, self.fc = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
 
     model = nn.ModuleDict({"table": Table()})
-    words = "'table.gain' is a parameter, and only modules can be named: it belongs to 'table' (Table)"
+    words = "'table.gain' is a parameter, and only modules can be named: it belongs to the Table 'table'"
     for settings in (
         {"targets": ["gain"]},
         {"targets": ["fc"], "train": ["gain"]},

@@ -180,7 +180,7 @@ def no_module(modules: dict[str, nn.Module], entry: str, known: Iterable[str]) -
     for owner, module in modules.items():
         for name in module._parameters:
             if matches([entry], full := f"{owner}.{name}" if owner else name):
-                whose = f"{owner!r} ({type(module).__name__})" if owner else f"the {type(module).__name__} itself"
+                whose = f"the {type(module).__name__} {repr(owner) if owner else 'itself'}"
                 return f"; {full!r} is a parameter, and only modules can be named: it belongs to {whose}"
     return near(entry, filter(None, known))
 
