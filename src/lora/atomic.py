@@ -82,8 +82,8 @@ def later_interrupts() -> Iterator[None]:
     finally:
         if waits:
             signal.signal(signal.SIGINT, handler)
-    if came and callable(handler):
-        handler(*came[-1])
+        if came and callable(handler):  # also where the block ends in an error, which is then its context
+            handler(*came[-1])
 
 
 def _changeable(root: nn.Module) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import randomize, same_bits, snapshot
+from lora import activation
 from lora.exact import Journal
 from lora.layers import LinearAdapters, hosts, matrix, whole
 
@@ -142,6 +143,26 @@ def test_an_interrupt_while_disabled_is_left_comes_when_all_is_as_before(monkeyp
         block.__exit__(None, None, None)
     assert state(model) == before
     assert same_bits(snapshot(model), bits)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_that_waited_is_not_lost_where_the_verb_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(lora.inject(net(), r=2, targets=["0", "1", "2"]))
+    lora.merge(model)
+    block = lora.disabled(model)
+    block.__enter__()
+    next(hosts(model))[2]["default"].A.data.fill_(torch.inf)  # so that it cannot be merged again
+    real = activation.acting
+
+    def interrupted(root: nn.Module) -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        return real(root)
+
+    monkeypatch.setattr(activation, "acting", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        block.__exit__(None, None, None)
+    assert isinstance(raised.value.__context__, lora.LoraError)
+    assert [(a.active, a.undo) for _, _, a in hosts(model)] == [(("default",), None)] * 3
 
 
 def test_a_whole_module_whose_values_were_exchanged_while_disabled_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
