@@ -65,6 +65,7 @@ class Attack:
         silent = Interrupt(0, raising(Failure))
         self.fails = silent.run(subject.verb) is not None  # it raises by itself
         self.steps = silent.steps
+        self.visits = silent.visits
         assert self.fails == case.verb.endswith("refused"), case.name
         self.after = self.before if self.fails else self._state(subject, labels)
         raw = Case(case.model, "raw", "raw", case.call).build(home)
@@ -130,11 +131,12 @@ def unlabeled(state: State) -> State:
 
 def attack(
     case: Case, error: str = "KeyboardInterrupt", every: int = 1, first: int = 1, again: int = 0, deep: bool = False,
-    few: int = 0,
+    few: int = 0, lines: bool = False,
 ) -> Report:  # fmt: skip
     """Interrupt a case at steps `first`, `first + every`, ... until it completes.
 
     few: at about so many steps, spread over the verb, whatever `every` says.
+    lines: at the first and the last visit of each line, call and return, whatever `every` says.
     again: interrupt once more, so many steps later: inside the clean-up.
     deep: count torch's own lines in torch.nn.modules as well.
     """
@@ -143,6 +145,10 @@ def attack(
     with tempfile.TemporaryDirectory() as home, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         attacker = Attack(case, Path(home))
+        if lines:
+            for n in sorted({step for visits in attacker.visits.values() for step in visits}):
+                attacker.at(n, ERRORS[error], report, again, within)
+            return report
         every = max(1, attacker.steps // few) if few else every
         n = min(first, every)
         while attacker.at(n, ERRORS[error], report, again, within):
@@ -188,6 +194,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--again", type=int, default=0)
     parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--lines", action="store_true", help="the first and the last visit of each line alone")
     parser.add_argument("--errors", nargs="*", default=list(ERRORS), choices=list(ERRORS))
     parser.add_argument("--causes", action="store_true", help="also list the wrong steps by their place")
     got = parser.parse_args()
@@ -198,7 +205,7 @@ def main() -> None:
     reports = []
     for error in got.errors:
         for case in chosen:
-            reports.append(attack(case, error, got.every, got.first, got.again, got.deep))
+            reports.append(attack(case, error, got.every, got.first, got.again, got.deep, lines=got.lines))
             print(line(reports[-1]), flush=True)
     totals = sum((report.counts for report in reports), Counter())
     print(

@@ -34,7 +34,8 @@ class Interrupt:
     exits are none: Python raises there inside the generator, and a trace function cannot.
 
     steps: how many there were. places: where it acted, as "file.py:line function"; none where it did not come to n.
-    ways: from which line of the verb, and of what that called.
+    ways: from which line of the verb, and of what that called. visits: of each line, call and return the first step and
+    the last.
     """
 
     def __init__(self, n: int, act: Callable[[], object], again: int = 0, within: tuple[str, ...] = (SOURCE,)) -> None:
@@ -42,6 +43,7 @@ class Interrupt:
         self.steps = 0
         self.places: list[str] = []
         self.ways: list[str] = []
+        self.visits: dict[tuple[object, int, str], tuple[int, int]] = {}
 
     def run(self, verb: Callable[[], object]) -> BaseException | None:
         """Run a verb under the attack; what it raised."""
@@ -68,6 +70,8 @@ class Interrupt:
         if event == "exception" or (event in ("call", "return") and frame.f_code.co_flags & _GENERATOR):
             return
         self.steps += 1
+        visited = (frame.f_code, frame.f_lineno, event)
+        self.visits[visited] = (self.visits.get(visited, (self.steps, 0))[0], self.steps)
         if self.steps == self.n:
             self.places.append(_line(frame) + ("" if event == "line" else f" ({event})"))
             above: list[str] = []
