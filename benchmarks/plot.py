@@ -1,4 +1,4 @@
-"""Draws docs/train_step.png and docs/lora_linear.png from benchmarks/results.   pip install 'lora-torch[docs]'"""
+"""Draws docs/train_step.png and docs/lora_linear.png from benchmarks/results.   pip install 'lora-torch[train]'"""
 
 import csv
 from pathlib import Path

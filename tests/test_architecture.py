@@ -38,8 +38,9 @@ ROOMS = {
     "injection": "errors config bases layers targets resident atomic",
     "saving": "errors files bases layers resident atomic activation",
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
-    "train": "errors config files bases layers targets lora",
-    "commands": "errors config files exact train lora",
+    "data": "errors",
+    "train": "errors config files bases layers targets data lora",
+    "commands": "errors config files exact data train lora",
     "cli": "errors commands",
 }
 FILES_IN_ROOT = 15

@@ -9,7 +9,7 @@ _PARTS = ("typer", "click", "rich", "pydantic", "torch", "transformers", "accele
 
 
 def main() -> None:
-    """Entry point of the `lora` script. Exit codes: 0 done, 1 a part is not installed, 2 a `LoraError`, 130 Ctrl-C."""
+    """Entry point of the `lora` script. Exit codes: 0 done, 1 a part is not installed, an error's own, 130 Ctrl-C."""
     debug = os.environ.get("LORA_DEBUG", "") not in ("", "0")
     if "--debug" in sys.argv[1:]:
         # Taken out here, so that it works before and after the command's name.
@@ -23,7 +23,7 @@ def main() -> None:
         if debug:
             raise
         _print_error(str(error))
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug or error.name not in _PARTS:
             raise

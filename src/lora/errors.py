@@ -1,4 +1,7 @@
-"""The one error root and the one warning category; both say what to do next."""
+"""The one error root and the one warning category; both say what to do next.
+
+Each class has the exit code with which the `lora` command ends on it.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,6 +10,36 @@ from difflib import get_close_matches
 
 class LoraError(ValueError):
     """Something the caller can put right: which argument, what it got, what is allowed, what to do."""
+
+    exit_code = 2
+
+
+class DataError(LoraError):
+    """Rows that are missing, cannot be read, or would teach nothing."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(LoraError):
+    """A step did not fit into the memory, however small it was made."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LoraError):
+    """The loss or its gradient is NaN or infinite; `step` is the optimizer step that was not taken (from 1)."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class CheckError(LoraError):
+    """The job is done, but what it made did not pass its check."""
+
+    exit_code = 6
 
 
 class LoraWarning(UserWarning):

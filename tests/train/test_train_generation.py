@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lora import LoraError
+from lora.data.formats import Example, Message
 from lora.train import generate
 from lora.train.base import load_base, load_tokenizer
-from lora.train.formats import Example, Message
 from lora.train.generation import prompt_as_trained, row_prompts
 from tiny_base import save_tiny_base
 

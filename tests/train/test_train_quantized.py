@@ -18,13 +18,13 @@ import lora
 from conftest import tiny_llama
 from lora import LoraError
 from lora.bases.weight import weight_of
+from lora.data.encode import encode_rows
+from lora.data.template import PromptTemplate
 from lora.train import Recipe, load_recipe, run
 from lora.train import needs as needs_module
 from lora.train import trainer as trainer_module
 from lora.train.base import load_base
-from lora.train.encode import encode_rows
 from lora.train.quiet import quiet
-from lora.train.template import PromptTemplate
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]

@@ -16,12 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora
 from lora import LoraError
+from lora.data.encode import IGNORED, Encoded, encode_rows
+from lora.data.template import PromptTemplate
+from lora.errors import NonFiniteError
 from lora.train import Recipe, load_recipe, run
 from lora.train import trainer as trainer_module
-from lora.train.encode import IGNORED, Encoded, encode_rows
-from lora.train.template import PromptTemplate
 from lora.train.trainer import PaddingCollator
-from lora.train.watch import NonFiniteError
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]

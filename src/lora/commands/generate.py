@@ -39,9 +39,9 @@ def generate(
     if (input_file is None) != (output is None):
         raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
 
+    from ..data.rows import read_rows
     from ..files.commit import replaced
     from ..train import generation
-    from ..train.rows import read_rows
     from .console import clean_warnings
 
     rows = read_rows(input_file, "input") if input_file is not None else []

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..data.formats import Example, detect, typed_prompt
+from ..data.rows import Row
+from ..data.template import PromptTemplate, stop_ids
 from ..errors import LoraError
 from .base import max_positions
-from .formats import Example, detect, typed_prompt
 from .quiet import quiet
 from .recipe import RUN_FILE
-from .rows import Row
-from .template import PromptTemplate, stop_ids
 
 
 def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:

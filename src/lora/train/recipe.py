@@ -29,7 +29,10 @@ class _Job(BaseModel):
         min_length=1,
     )
     out: str = Field(description="Folder for the finished adapter.", min_length=1)
-    eval_data: str | None = Field(None, description="Held-out rows; their loss is measured after each epoch.")
+    eval_data: str | None = Field(None, description="Held-out rows, whose loss is measured on the way.")
+    eval_share: float | None = Field(
+        None, gt=0, le=0.5, description="Share of the rows to hold out, in place of eval_data."
+    )
 
 
 if TYPE_CHECKING:
@@ -58,6 +61,15 @@ class Recipe(_AdapterJob):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 turns clipping off.")
 
+    task: Literal["generate", "classify"] = Field(
+        "generate", description="Learn to answer, or to give each text one of a few labels (a head that trains whole)."
+    )
+    template: Literal["auto", "chat", "plain", "inst"] = Field(
+        "auto",
+        description="How a prompt is written; auto is the tokenizer's chat template, or plain text where it has none.",
+    )
+    packing: bool = Field(False, description="Fill each row of a batch with several short ones, which do not mix.")
+    group_by_length: bool = Field(True, description="Put rows of like length into one batch: less padding.")
     max_length: int | None = Field(
         None, ge=2, description="Longest row in tokens [default: what the model takes, at most 2048]."
     )
@@ -77,6 +89,20 @@ class Recipe(_AdapterJob):
         description="AdamW by torch, or by bitsandbytes with its states in 8 bits or paged to host memory when tight.",
     )
     liger: bool = Field(False, description="Run Liger's kernels in the model (on a GPU).")
+    fit: bool = Field(False, description="Choose the largest batch_size that fits into memory; grad_accum follows.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between two evaluations [default: each epoch].")
+    early_stop: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations in a row that did not better the loss."
+    )
+    samples: int = Field(3, ge=0, description="Held-out prompts answered at each evaluation, for the report.")
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between two checkpoints [default: a twentieth of the run]."
+    )
+    max_bad_steps: int = Field(
+        5, ge=1, description="Stop after so many steps in a row whose loss or gradient is NaN or infinite."
+    )
+    check: bool = Field(True, description="Read the adapter back at the end, and check that it learned and can stop.")
+    track: list[str] = Field([], description="Send metrics there as well: tensorboard, trackio, wandb.")
     log_every: int = Field(10, ge=1, description="Steps between two reports of the loss.")
 
     @field_validator(*SETTINGS)

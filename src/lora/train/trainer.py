@@ -17,20 +17,20 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 import lora
 
 from ..bases import weight_of
-from ..errors import LoraError
+from ..data.encode import IGNORED, Encoded, EncodedData, encode_rows
+from ..data.rows import read_rows
+from ..data.template import PromptTemplate
+from ..errors import LoraError, NonFiniteError
 from ..files.commit import replaced
 from ..files.fingerprint import quantization
 from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
 from .base import check_quantization, load_base, load_config, load_tokenizer, max_positions, pick_dtype
-from .encode import IGNORED, Encoded, EncodedData, encode_rows
 from .generation import padded
 from .needs import OPTIMIZERS, check_liger, check_needs
 from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
-from .rows import read_rows
-from .template import PromptTemplate
-from .watch import NonFiniteError, StepWatch
+from .watch import StepWatch
 
 _LONGEST = 2048  # the default max_length of a model that could take more
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -112,7 +112,7 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
             kept = f"The adapter as it was after step {watch.steps} is in {str(out)!r}"
         if isinstance(error, NonFiniteError):
             advice = "Lower lr, lengthen the warm-up, or look for broken rows"
-            raise NonFiniteError(error.step, f"{error}. {kept}. {advice}") from error
+            raise NonFiniteError(f"{error}. {kept}. {advice}", error.step) from error
         console.print(kept, highlight=False)
         raise
     if not _finite(model):

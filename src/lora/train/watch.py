@@ -12,15 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
-from ..errors import LoraError
-
-
-class NonFiniteError(LoraError):
-    """The loss or its gradient is NaN or infinite; `step` is the optimizer step that was not taken (from 1)."""
-
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(what)
-        self.step = step
+from ..errors import NonFiniteError
 
 
 class StepWatch(TrainerCallback):
@@ -84,7 +76,7 @@ class StepWatch(TrainerCallback):
         step = state.global_step + 1
         for name, value in (("loss", loss), ("gradient's norm", gradient)):
             if not math.isfinite(value):
-                raise NonFiniteError(step, f"step {step}: the {name} is {value}, so the run was stopped before it")
+                raise NonFiniteError(f"step {step}: the {name} is {value}, so the run was stopped before it", step)
         self.losses.append(loss)
         self.tokens += int(count)
         self.steps = step

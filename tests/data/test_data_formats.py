@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lora import LoraError
-from lora.train.formats import Example, Message, detect, typed_prompt
+from lora.data.formats import Example, Message, detect, typed_prompt
 
 ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from ..errors import LoraError
+from ..errors import DataError, LoraError
 from .formats import Message
 
 # Distinct words that no template transforms or adds of itself.
@@ -63,18 +63,18 @@ class PromptTemplate:
         """The text after which the model is to answer. `messages` end before the answer.
 
         Raises:
-            LoraError: without a chat template, anything but one user turn.
+            DataError: without a chat template, anything but one user turn.
         """
         roles = [message["role"] for message in messages]
         if not self.is_chat and roles != ["user"]:
-            raise LoraError(
+            raise DataError(
                 f"the turns {'/'.join(roles)} need a chat template, and the tokenizer has none; "
                 "use a chat model, or rows with one prompt and one completion"
             )
         return self.render(messages, add_generation_prompt=True)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template, if any, writes it. Raises `LoraError` when it refuses the turns."""
+        """The conversation as the chat template, if any, writes it. Raises `DataError` when it refuses the turns."""
         if not self.is_chat:
             return "".join(message["content"] for message in messages)
         import jinja2
@@ -85,7 +85,7 @@ class PromptTemplate:
             return str(apply(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
         except jinja2.TemplateError as error:
             roles = "/".join(message["role"] for message in messages)
-            raise LoraError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
+            raise DataError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt. A chat template writes its own bos; without one the tokenizer adds it."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from ..errors import LoraError
+from ..errors import DataError, LoraError
 from .formats import Message, RowFormat, detect
 from .rows import Row
 from .template import PromptTemplate
@@ -65,7 +65,7 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
     texts are cut into pieces instead. Both are counted in the result.
 
     Raises:
-        LoraError: a row of another format, one that cannot be rendered, one without a trained token or whose stop
+        DataError: a row of another format, one that cannot be rendered, one without a trained token or whose stop
             token is not trained (the message names the rows), or no row that fits.
     """
     encoded: list[Encoded] = []
@@ -74,7 +74,7 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
     try:
         known = detect(rows[0])
     except LoraError as error:
-        raise LoraError(f"{argument}: row 1: {error}") from error
+        raise DataError(f"{argument}: row 1: {error}") from error
     for number, row in enumerate(rows, 1):
         try:
             pieces = _encode_row(row, known, template)
@@ -93,28 +93,28 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
     if faults:
         raise _faulty(faults, argument)
     if not encoded:
-        raise LoraError(
+        raise DataError(
             f"{argument}: every row is longer than max_length={max_length} (the longest has {longest} tokens); "
             "raise max_length or shorten the rows"
         )
     return EncodedData(encoded, known.name, max_length, len(rows), dropped, longest, cut, split)
 
 
-def _faulty(faults: dict[str, list[int]], argument: str) -> LoraError:
+def _faulty(faults: dict[str, list[int]], argument: str) -> DataError:
     lines = [f"{argument}: {sum(map(len, faults.values()))} row(s) cannot be trained on; correct or remove them"]
     for fault, numbers in list(faults.items())[:5]:
         shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         lines.append(f"  - row{'s' if len(numbers) > 1 else ''} {shown}: {fault}")
     if len(faults) > 5:
         lines.append(f"  - and {len(faults) - 5} other faults")
-    return LoraError("\n".join(lines))
+    return DataError("\n".join(lines))
 
 
 def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> list[Encoded]:
     """Ids and labels of one row; several when its turns cannot share a row (see `EncodedData.split`)."""
     missing = [name for name in known.fields if name not in row]
     if missing:
-        raise LoraError(f"lacks {', '.join(missing)}; the first row's format is {known.name}")
+        raise DataError(f"lacks {', '.join(missing)}; the first row's format is {known.name}")
     example = known.read(row, True)
     if example.messages:
         pieces = _encode_turns(example.messages, template)
@@ -127,12 +127,12 @@ def _encode_row(row: Row, known: RowFormat, template: PromptTemplate) -> list[En
 
 
 def check_trained(row: Encoded, stop_id: int) -> None:
-    """Raises `LoraError` unless something but the stop token is trained, and the stop token is trained last."""
+    """Raises `DataError` unless something but the stop token is trained, and the stop token is trained last."""
     trained = [label for label in row["labels"][1:] if label != IGNORED]  # position 0 predicts nothing
     if not [label for label in trained if label != stop_id]:
-        raise LoraError("has no trained token: the answer is empty")
+        raise DataError("has no trained token: the answer is empty")
     if trained[-1] != stop_id:
-        raise LoraError("its stop token is not trained, so the model would not learn to stop")
+        raise DataError("its stop token is not trained, so the model would not learn to stop")
 
 
 def _encode_turns(messages: Sequence[Message], template: PromptTemplate) -> list[Encoded]:
@@ -153,17 +153,17 @@ def _prompt_and_answer(messages: Sequence[Message], template: PromptTemplate) ->
     prompt = template.prompt(messages[:-1])
     full = template.render(messages)
     if not full.startswith(prompt):
-        raise LoraError(
+        raise DataError(
             "the chat template writes the prompt differently once the answer follows, so the answer's tokens cannot "
             f"be told apart. Prompt: ...{prompt[-80:]!r}; with the answer: ...{full[-80:]!r}. Correct the template"
         )
     answer = full[len(prompt) :]
     if not messages[-1]["content"].strip():
-        raise LoraError("has no trained token: the answer is empty")
+        raise DataError("has no trained token: the answer is empty")
     if template.turn_end is not None:
         body, found, _ = answer.rpartition(template.turn_end)
         if not found:
-            raise LoraError(
+            raise DataError(
                 f"its stop token {template.turn_end!r} is not trained: the chat template leaves it out of this answer"
             )
         answer = body + found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
 
-from ..errors import LoraError
+from ..errors import DataError
 from .rows import Row
 
 
@@ -55,13 +55,13 @@ def detect(row: Row, *, answers: bool = True) -> RowFormat:
     """The format of a row, by its fields. With `answers=False`, a row may lack its answer (to be generated).
 
     Raises:
-        LoraError: the fields fit no format; the message lists all of them.
+        DataError: the fields fit no format; the message lists all of them.
     """
     for known in FORMATS:
         if all(field in row for field in (known.fields if answers else known.fields[:1])):
             return known
     allowed = "; ".join(" + ".join(known.fields) for known in FORMATS)
-    raise LoraError(f"the fields {', '.join(map(repr, row)) or '(none)'} fit no known format; allowed: {allowed}")
+    raise DataError(f"the fields {', '.join(map(repr, row)) or '(none)'} fit no known format; allowed: {allowed}")
 
 
 def typed_prompt(text: str, format_name: str | None = None) -> Example:
@@ -75,24 +75,24 @@ def typed_prompt(text: str, format_name: str | None = None) -> Example:
 def _read_conversation(field: str, roles: dict[str, str], row: Row, answers: bool) -> Example:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
-        raise LoraError(f"{field} must be a list of at least one turn, got {turns!r:.80}")
+        raise DataError(f"{field} must be a list of at least one turn, got {turns!r:.80}")
     role_key, text_key = ("role", "content") if field == "messages" else ("from", "value")
     if isinstance(turns[0], dict) and "role" in turns[0]:  # under sharegpt's field name as well, in some sets
         role_key, text_key = "role", "content"
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise LoraError(f"{field}, turn {number}: needs {role_key!r} and {text_key!r}, got {turn!r:.80}")
+            raise DataError(f"{field}, turn {number}: needs {role_key!r} and {text_key!r}, got {turn!r:.80}")
         if turn[role_key] not in roles:
-            raise LoraError(f"{field}, turn {number}: {role_key} is {turn[role_key]!r}; allowed: {', '.join(roles)}")
+            raise DataError(f"{field}, turn {number}: {role_key} is {turn[role_key]!r}; allowed: {', '.join(roles)}")
         messages.append(Message(role=roles[turn[role_key]], content=_text(turn, text_key)))
     if not answers:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
-            raise LoraError(f"{field} has no turn before the answer; a prompt needs one")
+            raise DataError(f"{field} has no turn before the answer; a prompt needs one")
     elif not any(message["role"] == "assistant" for message in messages):
-        raise LoraError(f"{field} has no assistant turn, so there is nothing to train on")
+        raise DataError(f"{field} has no assistant turn, so there is nothing to train on")
     return Example(messages=tuple(messages))
 
 
@@ -115,14 +115,14 @@ def _turns(prompt: str, answer_field: str, row: Row, answers: bool) -> Example:
 def _read_text(row: Row, answers: bool) -> Example:
     text = _text(row, "text")
     if not text.strip():
-        raise LoraError("text is empty, so there is nothing to train on")
+        raise DataError("text is empty, so there is nothing to train on")
     return Example(text=text)
 
 
 def _text(holder: dict[str, Any], field: str) -> str:
     value = holder[field]
     if not isinstance(value, str):
-        raise LoraError(f"{field} is {type(value).__name__} ({value!r:.60}); it must be text")
+        raise DataError(f"{field} is {type(value).__name__} ({value!r:.60}); it must be text")
     return value
 
 

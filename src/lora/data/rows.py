@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraError
+from ..errors import DataError, LoraError
 
 Row = dict[str, Any]
 
@@ -19,20 +19,20 @@ def read_rows(source: str | Path, argument: str = "data") -> list[Row]:
     A .txt file is one row, `{"text": ...}`. `argument` is what the error messages call the source.
 
     Raises:
-        LoraError: no such source, an unknown suffix, a row that is not a mapping, or no rows at all.
+        DataError: no such source, an unknown suffix, a row that is not a mapping, or no rows at all.
     """
     try:
         rows = _read(source)
         if not rows:
-            raise LoraError(f"{str(source)!r} holds no rows; give at least one")
+            raise DataError(f"{str(source)!r} holds no rows; give at least one")
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
-                raise LoraError(
+                raise DataError(
                     f"row {number} of {str(source)!r} is {type(row).__name__}; "
                     "every row must be an object with named fields"
                 )
     except LoraError as error:
-        raise LoraError(f"{argument}: {error}") from error
+        raise DataError(f"{argument}: {error}") from error
     return rows
 
 
@@ -41,11 +41,11 @@ def _read(source: str | Path) -> list[Row]:
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in _READERS:
-            raise LoraError(f"{str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names")
+            raise DataError(f"{str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names")
         return _READERS[suffix](path)
     if path.exists() or suffix in _READERS or str(source).startswith((".", "/", "~")):
         kind = "is a folder" if path.is_dir() else "is not there"
-        raise LoraError(f"{str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
+        raise DataError(f"{str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
     return _read_hub(str(source))
 
 
@@ -53,7 +53,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LoraError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise DataError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
 
 
 def _read_txt(path: Path) -> list[Row]:
@@ -68,7 +68,7 @@ def _read_jsonl(path: Path) -> list[Row]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise LoraError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+            raise DataError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
     return rows
 
 
@@ -78,9 +78,9 @@ def _read_json(path: Path) -> list[Row]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line under a .json name, as many published sets are
             return _read_jsonl(path)
-        raise LoraError(f"{str(path)!r} is not JSON: {error}") from error
+        raise DataError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(content, list):
-        raise LoraError(f"{str(path)!r} holds {type(content).__name__}; it must be a list of rows")
+        raise DataError(f"{str(path)!r} holds {type(content).__name__}; it must be a list of rows")
     return content
 
 
@@ -90,11 +90,11 @@ def _read_csv(path: Path) -> list[Row]:
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise LoraError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
+        raise DataError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
     for number, row in enumerate(rows, 1):
         # DictReader files surplus cells under None and fills missing ones with None.
         if None in row or None in row.values():
-            raise LoraError(
+            raise DataError(
                 f"row {number} of {str(path)!r} has not as many cells as the header "
                 f"({', '.join(reader.fieldnames or [])}); quote cells that hold commas"
             )
@@ -108,7 +108,7 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         return list(pq.read_table(path).to_pylist())
     except pa.ArrowException as error:
-        raise LoraError(f"{str(path)!r} is not a readable parquet file: {error}") from error
+        raise DataError(f"{str(path)!r} is not a readable parquet file: {error}") from error
 
 
 def _read_hub(source: str) -> list[Row]:
@@ -118,7 +118,7 @@ def _read_hub(source: str) -> list[Row]:
     try:
         return [dict(row) for row in datasets.load_dataset(name, split=split or "train")]
     except Exception as error:  # the hub client raises a dozen unrelated classes, from HTTP to ValueError
-        raise LoraError(
+        raise DataError(
             f"{source!r} is no file here, and loading it from the hub failed: {error}. "
             "Check the spelling, the split (name:split) and the network"
         ) from error

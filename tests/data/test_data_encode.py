@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from lora import LoraError
-from lora.train.encode import IGNORED, Encoded, check_trained, encode_rows
-from lora.train.template import PromptTemplate, stop_ids
+from lora.data.encode import IGNORED, Encoded, check_trained, encode_rows
+from lora.data.template import PromptTemplate, stop_ids
 from tiny_base import load_example_tokenizer
 
 CHATML = (

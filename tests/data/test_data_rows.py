@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora import LoraError
-from lora.train.rows import read_rows
+from lora.data.rows import read_rows
 
 ROWS = [{"prompt": 'a,"b"\nc', "completion": "é\u2028ü"}, {"prompt": "2", "completion": "vier"}]
 
