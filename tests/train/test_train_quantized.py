@@ -18,6 +18,7 @@ import lora
 from conftest import tiny_llama
 from lora import LoraError
 from lora.bases.weight import weight_of
+from lora.data.collate import PaddingCollator
 from lora.data.encode import encode_rows
 from lora.data.template import PromptTemplate
 from lora.train import Recipe, load_recipe, run
@@ -131,7 +132,7 @@ def test_the_first_loss_is_the_dequantized_bases(bnb: ModuleType, recipe: Callab
     model.load_state_dict({f"{n}.weight": weight_of(m).dense(torch.float32) for n, m in linears.items()}, strict=False)
     rows = encode_rows(ROWS, PromptTemplate(trainer_module.load_tokenizer(name)), 128).rows
     with torch.no_grad():
-        own = model(**trainer_module.PaddingCollator(0)(rows)).loss.item()
+        own = model(**PaddingCollator(0)(rows)).loss.item()
     assert first == pytest.approx(own, rel=1e-5)
     assert abs(first - plain) > 1e-4 * plain
 

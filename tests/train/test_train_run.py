@@ -16,12 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora
 from lora import LoraError
-from lora.data.encode import IGNORED, Encoded, encode_rows
+from lora.data.collate import PaddingCollator
+from lora.data.encode import IGNORED, encode_rows
 from lora.data.template import PromptTemplate
 from lora.errors import NonFiniteError
 from lora.train import Recipe, load_recipe, run
 from lora.train import trainer as trainer_module
-from lora.train.trainer import PaddingCollator
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]
@@ -289,14 +289,6 @@ def test_the_models_limit_is_the_default_length(recipe: Callable[..., Recipe], w
     run(plan)
     record = json.loads((Path(plan.out) / "run.json").read_text())
     assert (record["max_length"], record["rows"], record["rows_too_long"]) == (128, 12, 1)
-
-
-def test_the_collator_pads_right_and_masks_the_padding() -> None:
-    rows = [Encoded(input_ids=[5, 6, 7], labels=[IGNORED, 6, 7]), Encoded(input_ids=[8], labels=[8])]
-    batch = PaddingCollator(9)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
 
 
 def test_nothing_of_transformers_own_is_printed(

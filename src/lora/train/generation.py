@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ..data.collate import padded
 from ..data.formats import Example, detect, typed_prompt
 from ..data.rows import Row
 from ..data.template import PromptTemplate, stop_ids
@@ -134,9 +134,3 @@ def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[i
     # Cut here and not by skip_special_tokens alone: a stop token need not be marked special in its tokenizer.
     answers = [list(takewhile(lambda token: token not in stops, row)) for row in new]
     return [str(template.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-
-
-def padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
-    """(rows, longest), padded on the right, or on the left so that all rows end at one column."""
-    side = "left" if left else "right"
-    return pad_sequence([torch.tensor(row) for row in rows], True, value, padding_side=side)

@@ -3,7 +3,6 @@
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 import lora
 
 from ..bases import weight_of
-from ..data.encode import IGNORED, Encoded, EncodedData, encode_rows
+from ..data.collate import PaddingCollator
+from ..data.encode import EncodedData, encode_rows
 from ..data.rows import read_rows
 from ..data.template import PromptTemplate
 from ..errors import LoraError, NonFiniteError
@@ -26,7 +26,6 @@ from ..files.fingerprint import quantization
 from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
 from .base import check_quantization, load_base, load_config, load_tokenizer, max_positions, pick_dtype
-from .generation import padded
 from .needs import OPTIMIZERS, check_liger, check_needs
 from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
@@ -46,18 +45,6 @@ class Result:
 
     out: Path
     metrics: dict[str, float]
-
-
-@dataclass
-class PaddingCollator:
-    """Rows (length,) into a batch (rows, longest), padded on the right; padding is masked and not trained."""
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
-        mask = padded([[1] * len(row) for row in ids], 0)
-        return {"input_ids": padded(ids, self.pad_id), "attention_mask": mask, "labels": padded(labels, IGNORED)}
 
 
 class LoraTrainer(Trainer):
