@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import DataError
 
@@ -26,7 +27,7 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
     # It wants one list for each position of a reference; an answer with fewer has None there.
     most = max(map(len, references))
-    columns = [[given[i] if i < len(given) else None for given in references] for i in range(most)]
+    columns: Any = [[given[i] if i < len(given) else None for given in references] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(answers), columns).score)
 
 

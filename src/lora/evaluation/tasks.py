@@ -1,4 +1,4 @@
-"""FinLoRA's tasks (arXiv:2505.19819) by name: their files, how long an answer is, and how it is scored."""
+"""FinLoRA's tasks by name: their files, how long an answer is, and how it is scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
