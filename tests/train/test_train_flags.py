@@ -12,7 +12,7 @@ from lora.commands import app
 from lora.commands.train import _parsed
 from lora.config import SETTINGS
 from lora.train import Recipe, load_recipe
-from lora.train import trainer as trainer_module
+from lora.train import job as job_module
 
 TYPED: dict[str, tuple[list[str], Any]] = {
     "r": (["--r", "4"], 4),
@@ -35,10 +35,10 @@ TYPED: dict[str, tuple[list[str], Any]] = {
 def injected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> LoraConfig:
     """What the trainer gives to lora.inject."""
     given: list[LoraConfig] = []
-    monkeypatch.setattr(trainer_module, "load_base", lambda *_: object())
+    monkeypatch.setattr(job_module, "load_base", lambda *_: object())
     monkeypatch.setattr(lora, "inject", lambda model, config: given.append(config))
     monkeypatch.setattr(lora, "prepare", lambda model, checkpointing: model)
-    trainer_module._adapted(recipe)
+    job_module._adapted(recipe)
     return given[0]
 
 
@@ -50,7 +50,7 @@ def test_what_is_typed_reaches_inject(name: str, monkeypatch: pytest.MonkeyPatch
         plans.append(plan)
         raise LoraError("enough")
 
-    monkeypatch.setattr(trainer_module, "run", run)
+    monkeypatch.setattr(job_module, "run", run)
     flags, value = TYPED[name]
     done = CliRunner().invoke(app, ["train", "--model", "m", "--data", "d", "--out", "o", *flags])
     assert str(done.exception) == "enough", done.output

@@ -21,9 +21,9 @@ from lora.bases.weight import weight_of
 from lora.data.collate import PaddingCollator
 from lora.data.encode import encode_rows
 from lora.data.template import PromptTemplate
-from lora.train import Recipe, load_recipe, run
+from lora.train import Recipe, load_recipe, run, trainer
+from lora.train import job as job_module
 from lora.train import needs as needs_module
-from lora.train import trainer as trainer_module
 from lora.train.base import load_base
 from lora.train.quiet import quiet
 from tiny_base import save_tiny_base
@@ -49,7 +49,7 @@ def stored(bnb: ModuleType, base: Path, tmp_path_factory: pytest.TempPathFactory
     for kind in KINDS:
         folders[kind] = tmp_path_factory.mktemp(kind)
         load_base(str(base), torch.bfloat16, kind).save_pretrained(folders[kind])
-        trainer_module.load_tokenizer(str(base)).save_pretrained(folders[kind])
+        job_module.load_tokenizer(str(base)).save_pretrained(folders[kind])
     return folders
 
 
@@ -80,7 +80,7 @@ def recipe(base: Path, tmp_path: Path) -> Callable[..., Recipe]:
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("load_base", "load_tokenizer", "read_rows"):
-        monkeypatch.setattr(trainer_module, name, lambda *_, **__: pytest.fail("something was loaded first"))
+        monkeypatch.setattr(job_module, name, lambda *_, **__: pytest.fail("something was loaded first"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -130,7 +130,7 @@ def test_the_first_loss_is_the_dequantized_bases(bnb: ModuleType, recipe: Callab
     linears = {n: m for n, m in load_base(name, torch.float32, kind).named_modules() if "Linear" in type(m).__name__}
     del linears["lm_head"]
     model.load_state_dict({f"{n}.weight": weight_of(m).dense(torch.float32) for n, m in linears.items()}, strict=False)
-    rows = encode_rows(ROWS, PromptTemplate(trainer_module.load_tokenizer(name)), 128).rows
+    rows = encode_rows(ROWS, PromptTemplate(job_module.load_tokenizer(name)), 128).rows
     with torch.no_grad():
         own = model(**PaddingCollator(0)(rows)).loss.item()
     assert first == pytest.approx(own, rel=1e-5)
@@ -218,9 +218,9 @@ def test_without_bitsandbytes_it_says_what_to_install(
 def optimizer_of(monkeypatch: pytest.MonkeyPatch, plan: Recipe) -> Any:
     """The optimizer that a run of this recipe used."""
     seen: list[Any] = []
-    end = trainer_module.StepWatch.on_train_end
+    end = job_module.StepWatch.on_train_end
     monkeypatch.setattr(
-        trainer_module.StepWatch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1]
+        job_module.StepWatch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1]
     )
     run(plan, force=True)
     return seen[0].optimizer
@@ -258,9 +258,9 @@ def test_an_optimizer_that_cannot_run_is_told_before_anything_is_loaded(
 
 
 def test_what_transformers_is_told(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    paged = trainer_module._arguments(recipe(optimizer="paged_adamw", liger=True), str(tmp_path), False)
+    paged = trainer.arguments(recipe(optimizer="paged_adamw", liger=True), str(tmp_path), False)
     assert (paged.optim, paged.use_liger_kernel) == ("paged_adamw_32bit", True)
-    assert not trainer_module._arguments(recipe(), str(tmp_path), False).use_liger_kernel
+    assert not trainer.arguments(recipe(), str(tmp_path), False).use_liger_kernel
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_prepare_is_told_of_the_checkpoints(
         return model
 
     monkeypatch.setattr(lora, "prepare", prepare)
-    trainer_module._adapted(recipe(quantize="nf4", **changes))
+    job_module._adapted(recipe(quantize="nf4", **changes))
     assert told == [expected]
 
 

@@ -21,7 +21,8 @@ from lora.data.encode import IGNORED, encode_rows
 from lora.data.template import PromptTemplate
 from lora.errors import NonFiniteError
 from lora.train import Recipe, load_recipe, run
-from lora.train import trainer as trainer_module
+from lora.train import job as job_module
+from lora.train.trainer import LoraTrainer
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]
@@ -92,7 +93,7 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
 def test_metrics_count_what_was_trained(recipe: Callable[..., Recipe], base: Path) -> None:
     plan = recipe(max_steps=None, epochs=2, batch_size=5)
     metrics = run(plan).metrics
-    template = PromptTemplate(trainer_module.load_tokenizer(str(base)))
+    template = PromptTemplate(job_module.load_tokenizer(str(base)))
     tokens = encode_rows(ROWS, template, 128).tokens
     assert metrics["tokens"] == 2 * tokens
     assert metrics["steps"] == 6
@@ -118,8 +119,8 @@ def test_accumulated_batches_weigh_every_token_alike(recipe: Callable[..., Recip
 
 def test_the_first_loss_is_the_bases_own_on_the_completions(recipe: Callable[..., Recipe], base: Path) -> None:
     first = run(recipe(max_steps=1, batch_size=12, log_every=1)).metrics["loss"]
-    tokenizer = trainer_module.load_tokenizer(str(base))
-    model = trainer_module.load_base(str(base), torch.float32)
+    tokenizer = job_module.load_tokenizer(str(base))
+    model = job_module.load_base(str(base), torch.float32)
     total = count = 0.0
     for row in encode_rows(ROWS, PromptTemplate(tokenizer), 128).rows:
         ids = torch.tensor([row["input_ids"]])
@@ -134,9 +135,9 @@ def test_eval_loss_is_that_of_the_saved_adapter(recipe: Callable[..., Recipe], b
     held_out = write_rows([{"prompt": "count 3", "completion": "0 1 2"}], "held.jsonl")
     plan = recipe(eval_data=held_out)
     metrics = run(plan).metrics
-    model = trainer_module.load_base(str(base), torch.float32)
+    model = job_module.load_base(str(base), torch.float32)
     lora.load(model, plan.out)
-    template = PromptTemplate(trainer_module.load_tokenizer(str(base)))
+    template = PromptTemplate(job_module.load_tokenizer(str(base)))
     batch = PaddingCollator(0)(encode_rows([{"prompt": "count 3", "completion": "0 1 2"}], template, 128).rows)
     with torch.no_grad():
         assert metrics["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
@@ -186,14 +187,14 @@ class BreaksAt(nn.Module):
 
 
 def break_at(monkeypatch: pytest.MonkeyPatch, call: int, what: str) -> None:
-    load = trainer_module.load_base
+    load = job_module.load_base
 
     def broken(*args: Any) -> Any:
         model = load(*args)
         BreaksAt(model, call, what)
         return model
 
-    monkeypatch.setattr(trainer_module, "load_base", broken)
+    monkeypatch.setattr(job_module, "load_base", broken)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -233,7 +234,7 @@ def test_a_nan_in_the_first_step_saves_nothing(recipe: Callable[..., Recipe], mo
 
 def test_ctrl_c_keeps_what_was_trained(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     good = tensors(run(recipe(max_steps=2, out=recipe().out + "-good")).out)
-    step = trainer_module.LoraTrainer.training_step
+    step = LoraTrainer.training_step
     calls: list[int] = []
 
     def interrupted(self: Any, *args: Any) -> Any:
@@ -242,7 +243,7 @@ def test_ctrl_c_keeps_what_was_trained(recipe: Callable[..., Recipe], monkeypatc
             raise KeyboardInterrupt
         return step(self, *args)
 
-    monkeypatch.setattr(trainer_module.LoraTrainer, "training_step", interrupted)
+    monkeypatch.setattr(LoraTrainer, "training_step", interrupted)
     plan = recipe()
     told = Console(record=True, file=io.StringIO(), width=500)
     with pytest.raises(KeyboardInterrupt):

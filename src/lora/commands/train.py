@@ -37,7 +37,7 @@ def train(
     from .console import clean_warnings, stderr
 
     with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
-        from ..train.trainer import run
+        from ..train.job import run
 
     with clean_warnings():
         result = run(plan, force=force, console=stderr())

@@ -9,12 +9,12 @@ from .. import load_on_use
 
 if TYPE_CHECKING:
     from .generation import generate as generate
+    from .job import Result as Result
+    from .job import run as run
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
-    from .trainer import Result as Result
-    from .trainer import run as run
 
-_HOME = {"Recipe": "recipe", "Result": "trainer", "generate": "generation", "load_recipe": "recipe", "run": "trainer"}
+_HOME = {"Recipe": "recipe", "Result": "job", "generate": "generation", "load_recipe": "recipe", "run": "job"}
 __all__ = list(_HOME)
 
 __getattr__, __dir__ = load_on_use(__name__, _HOME, globals())

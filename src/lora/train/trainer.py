@@ -1,163 +1,53 @@
-"""A recipe into an adapter: load, encode, inject, train with transformers' Trainer, save."""
+"""transformers' Trainer, set up for a run."""
 
-import json
-import math
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import lora
 
-from ..bases import weight_of
 from ..data.collate import PaddingCollator
-from ..data.encode import EncodedData, encode_rows
-from ..data.rows import read_rows
+from ..data.encode import IGNORED, EncodedData
 from ..data.template import PromptTemplate
-from ..errors import LoraError, NonFiniteError
-from ..files.commit import replaced
-from ..files.fingerprint import quantization
-from ..files.header import CONFIG_FILE
-from ..layers.host import base_modules
-from .base import check_quantization, load_base, load_config, load_tokenizer, max_positions, pick_dtype
-from .needs import OPTIMIZERS, check_liger, check_needs
+from .guard import Guard
+from .needs import OPTIMIZERS
 from .quiet import quiet
-from .recipe import RECIPE_FILE, RUN_FILE, Recipe
+from .recipe import Recipe
 from .watch import StepWatch
 
-_LONGEST = 2048  # the default max_length of a model that could take more
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-@dataclass(frozen=True)
-class Result:
-    """Where the adapter lies, and the run's numbers.
-
-    metrics: `loss` (mean of the last `log_every` steps), `seconds`, `tokens`, `tokens_per_second`, `steps`,
-    `trainable_parameters`, and `eval_loss` when there was eval_data.
-    """
-
-    out: Path
-    metrics: dict[str, float]
-
-
 class LoraTrainer(Trainer):
-    """transformers' Trainer that tells a `StepWatch` of every forward and backward pass."""
+    """transformers' Trainer that tells a `Guard` of every forward and backward pass."""
 
-    watch: StepWatch
+    guard: Guard
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        tokens = inputs["attention_mask"].sum()
+        tokens, trained = inputs["attention_mask"].sum(), inputs["labels"][:, 1:].ne(IGNORED).sum()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.watch.add(loss, tokens.to(loss.device))
+        self.guard.add(loss, tokens, trained)
         return loss
 
 
-def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) -> Result:
-    """Trains an adapter as the recipe says and saves it, with the recipe and the run's numbers beside it.
-
-    Nothing but the adapter is written, and it is written once, at the end. When the loss stops being a finite
-    number, or on Ctrl-C, the adapter of the last good step is saved.
-
-    Args:
-        recipe: what to do.
-        force: replace an adapter that is already in `recipe.out`.
-        console: where to show progress; None shows nothing.
-
-    Raises:
-        LoraError: anything wrong with the model, the data or the settings, before the first step.
-        NonFiniteError: the loss or its gradient became NaN or infinite; the message says at which step.
-    """
-    out = _check_out(Path(recipe.out), force)
-    check_needs(recipe)
-    check_quantization(recipe.model, recipe.quantize)
-    console = console or Console(quiet=True)
-    transformers.set_seed(recipe.seed)
-    template = PromptTemplate(load_tokenizer(recipe.model))
-    length = _max_length(recipe)
-    data = encode_rows(read_rows(recipe.data), template, length)
-    console.print(f"data: {data}", highlight=False)
-    held_out = None
-    if recipe.eval_data is not None:
-        held_out = encode_rows(read_rows(recipe.eval_data, "eval_data"), template, length, "eval_data")
-        console.print(f"eval_data: {held_out}", highlight=False)
-    _check_warmup(recipe, len(data.rows))
-    model = _adapted(recipe)
-    watch = StepWatch(console, recipe.log_every)
-    try:
-        _train(recipe, model, template, data, held_out, watch)
-    except (NonFiniteError, KeyboardInterrupt) as error:
-        kept = "Nothing was saved"
-        if watch.steps > 0 and _finite(model):
-            _save(recipe, model, out, data, watch, stopped=str(error) or "interrupted")
-            kept = f"The adapter as it was after step {watch.steps} is in {str(out)!r}"
-        if isinstance(error, NonFiniteError):
-            advice = "Lower lr, lengthen the warm-up, or look for broken rows"
-            raise NonFiniteError(f"{error}. {kept}. {advice}", error.step) from error
-        console.print(kept, highlight=False)
-        raise
-    if not _finite(model):
-        raise LoraError(f"the adapter holds NaN or infinity after step {watch.steps}, so it was not saved; lower lr")
-    return Result(out, _save(recipe, model, out, data, watch))
-
-
-def _check_out(out: Path, force: bool) -> Path:
-    if out.exists() and not out.is_dir():
-        raise LoraError(f"out: {str(out)!r} is a file; give a folder")
-    if (out / CONFIG_FILE).exists() and not force:
-        raise LoraError(f"out: {str(out)!r} already holds an adapter; give another folder, or --force to replace it")
-    return out
-
-
-def _max_length(recipe: Recipe) -> int:
-    most = max_positions(load_config(recipe.model))
-    if recipe.max_length is None:
-        return min(most or _LONGEST, _LONGEST)
-    if most is not None and recipe.max_length > most:
-        raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
-    return recipe.max_length
-
-
-def _check_warmup(recipe: Recipe, rows: int) -> None:
-    a_pass = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
-    steps = recipe.max_steps or math.ceil((recipe.epochs or 1) * a_pass)
-    if recipe.warmup_steps is not None and recipe.warmup_steps >= steps:
-        raise LoraError(
-            f"warmup_steps is {recipe.warmup_steps}, but {rows} rows at batch_size {recipe.batch_size} make only "
-            f"{steps} steps; lower warmup_steps or train longer"
-        )
-
-
-def _adapted(recipe: Recipe) -> Any:
-    model = load_base(recipe.model, pick_dtype(recipe.dtype), recipe.quantize)
-    lora.inject(model, config=recipe.adapter())
-    if recipe.liger:
-        check_liger(model)
-    if recipe.offload and not getattr(model, "is_quantized", False):
-        model.to("cuda")  # where Trainer would take it; prepare wants to see the GPU
-    return lora.prepare(model, checkpointing="offload" if recipe.offload else recipe.gradient_checkpointing)
-
-
-def _train(
+def train(
     recipe: Recipe, model: Any, template: PromptTemplate, data: EncodedData, held_out: EncodedData | None,
     watch: StepWatch,
 ) -> None:  # fmt: skip
+    guard = Guard([watch])
     use_cache = getattr(model.config, "use_cache", None)
     # Trainer makes its output folder even when it saves nothing there.
     with tempfile.TemporaryDirectory() as scratch, quiet():
         trainer = LoraTrainer(
-            model=model, args=_arguments(recipe, scratch, held_out is not None), callbacks=[watch],
+            model=model, args=arguments(recipe, scratch, held_out is not None), callbacks=[guard, watch],
             train_dataset=data.rows, eval_dataset=held_out.rows if held_out else None,
             # The padding is masked, so its id does not matter; 0 is in every vocabulary.
             data_collator=PaddingCollator(template.tokenizer.pad_token_id or 0),
         )  # fmt: skip
-        trainer.watch = watch
+        trainer.guard = guard
         trainer.remove_callback(PrinterCallback)
         # Trainer has moved the model to where it trains, so that the summary tells how it will run there.
         watch.console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
@@ -169,7 +59,7 @@ def _train(
             model.eval()
 
 
-def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments:
+def arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=scratch, seed=recipe.seed, use_liger_kernel=recipe.liger,
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
@@ -187,31 +77,3 @@ def _arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArgument
         # With several GPUs in one process Trainer would wrap the model in DataParallel, which is slower than one GPU.
         arguments._n_gpu = 1
     return arguments
-
-
-def _finite(model: Any) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
-
-
-def _save(
-    recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: StepWatch, stopped: str | None = None
-) -> dict[str, float]:
-    """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
-    lora.save(model, out)
-    metrics: dict[str, float] = {
-        "loss": watch.recent_loss, "seconds": round(watch.seconds, 3), "tokens": watch.tokens,
-        "tokens_per_second": round(watch.tokens_per_second, 1), "steps": watch.steps,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }  # fmt: skip
-    if watch.eval_loss is not None:
-        metrics["eval_loss"] = watch.eval_loss
-    record = {
-        "format": data.format, "rows": len(data.rows), "rows_too_long": data.dropped, "max_length": data.max_length,
-        "quantisation": quantization({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
-        "stopped": stopped, "metrics": metrics,
-        "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
-    for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
-        with replaced(out / name) as file:
-            file.write_text(content, encoding="utf-8")
-    return metrics

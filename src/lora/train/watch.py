@@ -1,22 +1,19 @@
-"""What happens at each step: the loss is checked before it can do harm, counted and shown."""
+"""What happens at each step: counted and shown."""
 
-import math
 import time
 from collections import deque
 from datetime import timedelta
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
-from ..errors import NonFiniteError
+from .steps import RunCallback, Step
 
 
-class StepWatch(TrainerCallback):
-    """Stops the run before a non-finite step; keeps the counts and the recent losses, and shows them.
+class StepWatch(RunCallback):
+    """Keeps the counts and the recent losses, and shows them.
 
     Args:
         console: where to write: a live bar on a terminal, a line every few steps elsewhere.
@@ -28,15 +25,10 @@ class StepWatch(TrainerCallback):
         self.losses: deque[float] = deque(maxlen=log_every)
         self.tokens = self.steps = 0
         self.eval_loss: float | None = None
-        self._micro: list[tuple[Tensor, Tensor]] = []
         self._started = self._ended = 0.0
         self._bar = Progress(
             TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), console=console, transient=True
         )
-
-    def add(self, loss: Tensor, tokens: Tensor) -> None:
-        """One forward and backward pass: its share of the step's loss, and its tokens. No device sync."""
-        self._micro.append((loss.detach().float(), tokens))
 
     def stop(self) -> None:
         """Takes the bar away; to be called however the run ended."""
@@ -64,22 +56,10 @@ class StepWatch(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._ended = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        model: torch.nn.Module = kwargs["model"]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        losses, tokens = zip(*self._micro, strict=True)
-        self._micro.clear()
-        # One sync a step for all three.
-        values = torch.stack([torch.stack(losses).sum(), torch.stack(tokens).sum().float(), norm.to(losses[0].device)])
-        loss, count, gradient = values.tolist()
-        step = state.global_step + 1
-        for name, value in (("loss", loss), ("gradient's norm", gradient)):
-            if not math.isfinite(value):
-                raise NonFiniteError(f"step {step}: the {name} is {value}, so the run was stopped before it", step)
-        self.losses.append(loss)
-        self.tokens += int(count)
-        self.steps = step
+    def on_step(self, step: Step) -> None:
+        self.losses.append(step.loss)
+        self.tokens += step.tokens
+        self.steps = step.number
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         left = timedelta(seconds=round(self.seconds / max(1, self.steps) * (state.max_steps - self.steps)))
