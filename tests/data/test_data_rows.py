@@ -124,10 +124,5 @@ def test_not_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/nowhere/at/all"])
 def test_a_missing_file_is_not_asked_of_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(LoraError, match="eval_data: .* is not there; give one file"):
+    with pytest.raises(LoraError, match="eval_data: .* is not there; give a file"):
         read_rows(source, "eval_data")
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match="is a folder"):
-        read_rows(tmp_path)

@@ -1,129 +1,134 @@
-"""Rows of training data from a file or the hub, as plain dictionaries."""
+"""Rows of training data from files, a folder or the hub, as plain dictionaries."""
 
-import csv
-import io
-import json
-import sys
-from collections.abc import Callable
+import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import DataError, LoraError
+from ..errors import DataError, LoraError, LoraWarning
+from .readers import READABLE, READERS, read_file, suffix_of
+from .saved import is_saved, read_saved
+from .sound import Placed, Row, checked
 
-Row = dict[str, Any]
+_CONFIG = re.compile(r"(?:([^:\[]+):)?(.*)", re.DOTALL)  # a split may hold a colon in brackets: train[:100]
+
+__all__ = ["Glance", "Row", "glance", "is_local", "read_rows"]
+
+
+class Glance(NamedTuple):
+    """What a cheap look tells: the rows' format by name and how many there are; None for a set on the hub."""
+
+    format: str
+    rows: int | None
+
+
+def glance(source: str | Path, argument: str = "data") -> Glance:
+    """Format and number of rows, without torch, transformers and datasets; every row of a file is looked at.
+
+    A set on the hub is not asked for: its format is "known once it is loaded" and its rows are None.
+
+    Raises:
+        DataError: as `read_rows`, and rows that fit no format.
+    """
+    from .examples import read_examples
+
+    if not is_local(source):
+        return Glance("known once it is loaded", None)
+    rows = read_rows(source, argument)
+    return Glance(read_examples(rows, argument).format, len(rows))
 
 
 def read_rows(source: str | Path, argument: str = "data") -> list[Row]:
-    """Every row of a .jsonl, .json, .csv, .parquet or .txt file, or of a hub dataset (`name` or `name:split`).
+    """Every row of a source, each knowing its place (see `sound.Placed`).
 
-    A .txt file is one row, `{"text": ...}`. `argument` is what the error messages call the source.
+    A source is a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet or .txt, gzipped or not), a folder of such files
+    (in the order of their names), a folder that `datasets` saved (`folder` or `folder:split`), or a set on the hub
+    (`name`, `name:split` or `name:config:split`). A .txt file is one row, `{"text": ...}`.
+
+    `argument` is what the error messages call the source.
 
     Raises:
-        DataError: no such source, an unknown suffix, a row that is not a mapping, or no rows at all.
+        DataError: no such source, an unknown suffix, a file that cannot be parsed, a row that is not a mapping, is
+            nested without end or holds half a character, or no rows at all.
     """
     try:
-        rows = _read(source)
+        rows: list[Row] = []
+        for file, found in _read(str(source)):
+            for number, row in enumerate(found, 1):
+                try:
+                    rows.append(Placed(checked(row), number, file))
+                except DataError as error:
+                    raise DataError(f"row {number} of {str(Path(source, file))!r} {error}") from error
         if not rows:
             raise DataError(f"{str(source)!r} holds no rows; give at least one")
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"row {number} of {str(source)!r} is {type(row).__name__}; "
-                    "every row must be an object with named fields"
-                )
     except LoraError as error:
         raise DataError(f"{argument}: {error}") from error
     return rows
 
 
-def _read(source: str | Path) -> list[Row]:
+def is_local(source: str | Path) -> bool:
+    """Whether a source is, or was meant to be, on this machine; else it names a set on the hub."""
+    name = str(source)
+    return (
+        name.startswith((".", "/", "~"))
+        or "\0" in name
+        or Path(name).exists()
+        or _saved_split(name) is not None
+        or suffix_of(Path(name)) in READERS
+    )
+
+
+def _saved_split(source: str) -> tuple[Path, str] | None:
+    folder, colon, split = source.rpartition(":")
+    return (Path(folder), split) if colon and Path(folder).is_dir() else None
+
+
+def _read(source: str) -> list[tuple[str, list[Any]]]:
+    """The rows of each file of the source, with its name where there are several."""
+    if not is_local(source):
+        return [("", _read_hub(source))]
+    if "\0" in source:
+        raise DataError(f"{source!r} holds a NUL character; give a path")
     path = Path(source)
-    suffix = path.suffix.lower()
     if path.is_file():
-        if suffix not in _READERS:
-            raise DataError(f"{str(path)!r} ends in {path.suffix!r}; readable are {', '.join(_READERS)} and hub names")
-        return _READERS[suffix](path)
-    if path.exists() or suffix in _READERS or str(source).startswith((".", "/", "~")):
-        kind = "is a folder" if path.is_dir() else "is not there"
-        raise DataError(f"{str(source)!r} {kind}; give one file ({', '.join(_READERS)}) or a hub name")
-    return _read_hub(str(source))
+        if suffix_of(path) not in READERS:
+            raise DataError(f"{source!r} ends in {path.suffix!r}; readable are {READABLE}, .gz of each, and hub names")
+        return [("", read_file(path))]
+    if path.is_dir():
+        return [("", read_saved(path))] if is_saved(path) else _read_folder(path)
+    if (split := _saved_split(source)) is not None:
+        if not is_saved(split[0]):
+            raise DataError(f"{str(split[0])!r} is no data set saved by `datasets`, so it has no split {split[1]!r}")
+        return [("", read_saved(*split))]
+    raise DataError(f"{source!r} is not there; give a file ({READABLE}), a folder of them, or a hub name")
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
+def _read_folder(folder: Path) -> list[tuple[str, list[Any]]]:
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    files = [path for path in inside if path.is_file() and suffix_of(path) in READERS]
+    others = [path.name + ("/" if path.is_dir() else "") for path in inside if path not in files]
+    if not files:
+        there = f"; there is: {', '.join(others[:10])}" if others else ", it is empty"
+        raise DataError(f"the folder {str(folder)!r} holds no readable file ({READABLE}){there}")
+    if others:
+        warnings.warn(
+            f"of the folder {str(folder)!r} these are read: {', '.join(path.name for path in files)}; "
+            f"these are not: {', '.join(others[:10])}{' and more' if len(others) > 10 else ''}",
+            LoraWarning,
+            stacklevel=4,
+        )
+    return [(path.name, read_file(path)) for path in files]
 
 
-def _read_txt(path: Path) -> list[Row]:
-    text = _read_text(path)
-    return [{"text": text}] if text.strip() else []
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    # split("\n"), not splitlines(): JSON strings may hold U+2028 and the like unescaped.
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line under a .json name, as many published sets are
-            return _read_jsonl(path)
-        raise DataError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(content, list):
-        raise DataError(f"{str(path)!r} holds {type(content).__name__}; it must be a list of rows")
-    return content
-
-
-def _read_csv(path: Path) -> list[Row]:
-    csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, short of a long document
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise DataError(f"{str(path)!r}, line {reader.line_num}: {error}") from error
-    for number, row in enumerate(rows, 1):
-        # DictReader files surplus cells under None and fills missing ones with None.
-        if None in row or None in row.values():
-            raise DataError(
-                f"row {number} of {str(path)!r} has not as many cells as the header "
-                f"({', '.join(reader.fieldnames or [])}); quote cells that hold commas"
-            )
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        return list(pq.read_table(path).to_pylist())
-    except pa.ArrowException as error:
-        raise DataError(f"{str(path)!r} is not a readable parquet file: {error}") from error
-
-
-def _read_hub(source: str) -> list[Row]:
+def _read_hub(source: str) -> list[Any]:
     import datasets  # type: ignore[import-untyped]
 
-    name, _, split = source.partition(":")
+    name, _, rest = source.partition(":")
+    config, split = _CONFIG.fullmatch(rest).groups()  # type: ignore[union-attr]  # it matches any text
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split or "train")]
+        return [dict(row) for row in datasets.load_dataset(name, *([config] if config else []), split=split or "train")]
     except Exception as error:  # the hub client raises a dozen unrelated classes, from HTTP to ValueError
         raise DataError(
             f"{source!r} is no file here, and loading it from the hub failed: {error}. "
-            "Check the spelling, the split (name:split) and the network"
+            "Check the spelling, the split (name:split or name:config:split) and the network"
         ) from error
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_txt,
-}  # fmt: skip

@@ -1,0 +1,158 @@
+"""One file of rows, by its suffix. What a file cannot be read for is one `DataError` that names it and the line."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .sound import Row, shown
+
+_GZIP = b"\x1f\x8b"
+_DELIMITERS = ",;\t"
+
+
+def suffix_of(path: Path) -> str:
+    """`.jsonl` of `rows.jsonl` and of `rows.jsonl.gz`."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def read_file(path: Path) -> list[Any]:
+    """The rows of one file as they stand in it, unchecked; `path` has a suffix of `READERS`.
+
+    Raises:
+        DataError: the file cannot be opened, unpacked or parsed.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(_GZIP):  # by its bytes: browsers and tools unpack or pack without changing the name
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error or type(error).__name__}") from error
+    return READERS[suffix_of(path)](path, data)
+
+
+def _text(path: Path, data: bytes, nul: bool = True) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{str(path)!r}, line {line}, is not UTF-8 text ({error}); save it as UTF-8") from error
+    if not nul and "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{str(path)!r}, line {line}, holds a NUL byte, which no text has; save it as UTF-8 text")
+    return text
+
+
+def _read_txt(path: Path, data: bytes) -> list[Any]:
+    text = _text(path, data, nul=False)
+    return [{"text": text}] if text.strip() else []
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {shown(twice)} is there twice")
+    return fields
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def _why(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def _read_jsonl(path: Path, data: bytes) -> list[Any]:
+    rows = []
+    # split("\n"), not splitlines(): JSON strings may hold U+2028 and the like unescaped.
+    for number, line in enumerate(_text(path, data).split("\n"), 1):
+        try:
+            rows += [_decode(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {number} of {str(path)!r} is not JSON: {_why(error)}") from error
+    return rows
+
+
+def _read_json(path: Path, data: bytes) -> list[Any]:
+    text = _text(path, data)
+    if not text.strip():
+        return []
+    try:
+        content = _decode(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # one object a line under a .json name, as many published sets
+            return _read_jsonl(path, data)
+        raise DataError(f"{str(path)!r} is not JSON: {_why(error)}") from error
+    if not isinstance(content, list):
+        fields = content if isinstance(content, dict) else {}
+        lists = [name for name, value in fields.items() if isinstance(value, list)]
+        hint = f" (write what stands under {shown(lists[0])} alone)" if len(lists) == 1 else ""
+        raise DataError(f"{str(path)!r} holds {type(content).__name__}; it must be a list of rows{hint}")
+    return content
+
+
+def _read_csv(path: Path, data: bytes) -> list[Any]:
+    text = _text(path, data, nul=False)
+    header = text.lstrip("\n\r").partition("\n")[0]
+    counts = {each: len(next(csv.reader([header], delimiter=each), [])) for each in _DELIMITERS}
+    return _table(path, text, max(_DELIMITERS, key=lambda each: counts[each]))
+
+
+def _read_tsv(path: Path, data: bytes) -> list[Any]:
+    text = _text(path, data, nul=False)
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    try:
+        return _table(path, text, "\t")
+    except DataError:
+        # Many published .tsv files do not quote: a quotation mark is part of a text there.
+        if not lines or len({line.count("\t") for line in lines}) > 1:
+            raise
+        return _table(path, "\n".join(lines), "\t", csv.QUOTE_NONE)
+
+
+def _table(path: Path, text: str, delimiter: str, quoting: Any = csv.QUOTE_MINIMAL) -> list[Any]:
+    csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, short of a long document
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), strict=quoting != csv.QUOTE_NONE, delimiter=delimiter, quoting=quoting
+    )
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{str(path)!r}, near line {reader.line_num + 1}: {error}") from error
+    names = list(reader.fieldnames or [])
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{str(path)!r} has two columns named {twice!r}; rename one")
+    for number, row in enumerate(rows, 1):
+        # DictReader files surplus cells under None and fills missing ones with None.
+        if None in row or None in row.values():
+            mark = "tabs" if delimiter == "\t" else f"{delimiter!r}"
+            raise DataError(
+                f"row {number} of {str(path)!r} has not as many cells as the header "
+                f"({shown(names)}); quote cells that hold {mark}"
+            )
+    return rows
+
+
+def _read_parquet(path: Path, data: bytes) -> list[Any]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        return list(pq.read_table(pa.BufferReader(data)).to_pylist())
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} is not a readable parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path, bytes], list[Any]]] = {
+    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv,
+    ".parquet": _read_parquet, ".txt": _read_txt,
+}  # fmt: skip
+READABLE = ", ".join(READERS)
