@@ -282,9 +282,9 @@ def test_errors_of_the_commands(
     ],
 )
 def test_targets_on_the_command_line(value: str, expected: Any) -> None:
-    from lora.commands.train import _parsed
+    from lora.commands.flags import parsed
 
-    assert _parsed("targets", value) == expected
+    assert parsed("targets", value) == expected
 
 
 def test_inspect_our_adapter(cli: Lora, adapter: Path) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import lora
 from lora import LoraConfig, LoraError
 from lora.commands import app
-from lora.commands.train import _parsed
+from lora.commands.flags import parsed
 from lora.config import SETTINGS
 from lora.train import Recipe, load_recipe
 from lora.train import job as job_module
@@ -66,7 +66,7 @@ def test_nothing_typed_is_inject_without_keywords(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("text", ["", "q_proj", "=4", "q_proj=", "a=1,b"])
 def test_a_pattern_that_is_none_says_how_to_write_it(text: str) -> None:
     with pytest.raises(LoraError, match=r"alpha_pattern: got .*; write --alpha-pattern NAME=NUMBER"):
-        _parsed("alpha_pattern", text)
+        parsed("alpha_pattern", text)
 
 
 @pytest.mark.parametrize(
