@@ -11,7 +11,8 @@ from lora import LoraError
 from lora.data.formats import Example, Message
 from lora.train import generate
 from lora.train.base import load_base, load_tokenizer
-from lora.train.generation import prompt_as_trained, row_prompts
+from lora.train.generation import prompt_as_trained, row_prompts, style_as_trained
+from lora.train.streaming import Pieces
 from tiny_base import save_tiny_base
 
 PROMPTS = ["Say hi.", "A rather longer prompt than the others, to make the padding work.", "x"]
@@ -79,6 +80,41 @@ def test_an_answer_ends_at_the_stop_token(model: Any, tok: Any) -> None:
     assert answer == tok.decode(new[: new.index(new[4])])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_pieces_put_together_are_the_answer(model: Any, tok: Any, temperature: float) -> None:
+    sampling = {"max_new_tokens": 24, "temperature": temperature, "seed": 5}
+    for number, prompt in enumerate(PROMPTS):
+        pieces: list[str] = []
+        settings = {**sampling, "on_text": lambda index, piece, to=pieces: to.append(piece)}
+        [whole], [grown] = generate(model, tok, [prompt], **sampling), generate(model, tok, [prompt], **settings)
+        assert whole == grown == "".join(pieces), number
+        assert len(pieces) > 4
+
+
+def test_pieces_of_several_come_in_order_and_without_a_stop_token(model: Any, tok: Any) -> None:
+    new = by_hand(model, tok, PROMPTS[0], 8)
+    tok.eos_token = tok.convert_ids_to_tokens(new[4])  # no special token
+    tok.chat_template = tok.chat_template.replace("<|endoftext|>", "")
+    pieces: list[tuple[int, str]] = []
+    answers = generate(model, tok, PROMPTS, max_new_tokens=8, on_text=lambda *piece: pieces.append(piece))
+    assert [index for index, _ in pieces] == sorted(index for index, _ in pieces)
+    assert answers == ["".join(piece for index, piece in pieces if index == i) for i in range(len(PROMPTS))]
+    assert answers[0] == tok.decode(new[: new.index(new[4])])
+
+
+@pytest.mark.parametrize("text", ["Ein Bär — 東京 🎉 naïve", "a  b .  c\n\n d"])
+def test_no_piece_ends_within_a_character(tok: Any, text: str) -> None:
+    pieces: list[str] = []
+    streamer = Pieces(tok, {0}, pieces.append)
+    streamer.put(torch.tensor([[1, 2]]))  # the prompt
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
 def test_sampling_repeats_with_its_seed(model: Any, tok: Any) -> None:
     one, again, other = (
         generate(model, tok, PROMPTS, max_new_tokens=8, temperature=1.0, seed=seed) for seed in (3, 3, 4)
@@ -110,6 +146,9 @@ def test_a_typed_prompt_takes_the_form_of_the_run(tmp_path: Path) -> None:
     assert prompt_as_trained("Add.", tmp_path) == plain  # an adapter of someone else's
     (tmp_path / "run.json").write_text(json.dumps({"format": "alpaca"}))
     assert "### Instruction:\nAdd." in prompt_as_trained("Add.", tmp_path).messages[0]["content"]
+    assert style_as_trained(tmp_path) == "auto"
+    (tmp_path / "run.json").write_text(json.dumps({"format": "alpaca", "template": "inst"}))
+    assert style_as_trained(tmp_path) == "inst"
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(LoraError, match="not the record of a run"):
         prompt_as_trained("Add.", tmp_path)
@@ -124,6 +163,12 @@ def test_a_typed_prompt_takes_the_form_of_the_run(tmp_path: Path) -> None:
         (["x"], {"temperature": float("nan")}, "temperature is nan"),
         (["x"], {"max_new_tokens": 500}, "prompt 1 has .* tokens, and max_new_tokens=500 more would pass the 128"),
         ([Example(text="")], {}, "prompt 1 is empty"),
+        (["x", " \n"], {}, "prompt 2 is empty"),
+        (
+            ["x", "half \ud83d of it"],
+            {},
+            r"prompt 2 is no text: it holds '\\ud83d', half of a character, after '.*half '",
+        ),
     ],
 )
 def test_what_cannot_be_generated(model: Any, tok: Any, prompts: Any, settings: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .chat import chat
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
@@ -36,5 +37,6 @@ def lora(
 
 app.command()(train)
 app.command()(generate)
+app.command()(chat)
 app.command()(merge)
 app.command()(inspect)

@@ -1,83 +1,111 @@
 """`lora generate`: answers from a model, with or without an adapter."""
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import LoraError
+from ..errors import DataError, LoraError
+from .answering import Adapter, BatchSize, Dtype, MaxNewTokens, Model, Quantize, Seed, Temperature, load_answering
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Base or merged model: a folder, or a name on the hub.")],
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it the model answers alone.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="One prompt; the answer goes to stdout.")] = None,
+    model: Model,
+    adapter: Adapter = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt, and more by giving the flag again; - reads one a line from stdin."),
+    ] = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="Rows to answer, in any format that `lora train` reads.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Where the rows go as .jsonl, each with a field `generated`.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.")] = 16,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seeds the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, fp32, bf16, fp16.")] = "auto",
-    quantize: Annotated[
-        str, typer.Option(help="Load the model quantized, as an adapter was trained: none, nf4, int8.")
-    ] = "none",
+    stream: Annotated[bool, typer.Option("--stream", help="Show answers as they grow, one prompt at a time.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: BatchSize = 16,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
 ) -> None:
-    """Answer a prompt, or a file of them, rendered exactly as in training.
+    """Answer prompts, or a file of rows, rendered exactly as in training.
 
-    lora generate org/base --adapter my-adapter --prompt "..."
+    One prompt's answer goes to stdout as it is; those of several as rows of JSON, with the fields prompt and generated.
+
+        lora generate org/base --adapter my-adapter --prompt "..."
     """
-    if (prompt is None) == (input_file is None):
+    if (not prompt) == (input_file is None):
         raise LoraError("give either --prompt TEXT or --input FILE")
     if (input_file is None) != (output is None):
         raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
+    if stream and output is not None:
+        raise LoraError("--stream shows answers on stdout, and --output writes them to a file; give one of the two")
+    typed = [text for given in prompt or () for text in (_lines_of_stdin() if given == "-" else [given])]
 
     from ..data.rows import read_rows
     from ..files.commit import replaced
     from ..train import generation
     from .console import clean_warnings
 
-    rows = read_rows(input_file, "input") if input_file is not None else []
-    prompts = generation.row_prompts(rows) if prompt is None else [generation.prompt_as_trained(prompt, adapter)]
-    base, tokenizer = _load(model, adapter, dtype, quantize)
-    with clean_warnings(), _progress(len(prompts)) as advance:
+    rows = read_rows(input_file, "input") if input_file is not None else [{"prompt": text} for text in typed]
+    as_trained = generation.prompt_as_trained
+    prompts = [as_trained(text, adapter) for text in typed] or generation.row_prompts(rows)
+    style = generation.style_as_trained(adapter)
+    base, tokenizer = load_answering(model, adapter, dtype, quantize)
+    with clean_warnings(), _progress(1 if stream else len(prompts)) as advance:
         answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
-            seed=seed, on_batch=advance,
+            seed=seed, style=style, on_batch=advance, on_text=_Stream(len(prompts)).show if stream else None,
         )  # fmt: skip
-    if output is None:
+    if stream:
+        typer.echo()
+    elif output is None and len(answers) == 1:
         typer.echo(answers[0])
+    elif output is None:
+        typer.echo("\n".join(_answered(rows, answers)))
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({**r, "generated": a}, ensure_ascii=False) for r, a in zip(rows, answers, strict=True)]
         with replaced(output) as file:
-            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            file.write_text("".join(f"{line}\n" for line in _answered(rows, answers)), encoding="utf-8")
         typer.echo(f"{len(answers)} answers: {output}")
 
 
-def _load(model: str, adapter: Path | None, dtype: str, quantize: str) -> tuple[Any, Any]:
-    import torch
+def _answered(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[str]:
+    return [json.dumps({**row, "generated": a}, ensure_ascii=False) for row, a in zip(rows, answers, strict=True)]
 
-    import lora
 
-    from ..train.base import load_base, load_tokenizer, pick_dtype
-    from .console import clean_warnings
+def _lines_of_stdin() -> list[str]:
+    """The prompts that are piped in, one a line; the last may end without a line's end."""
+    try:
+        lines = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt: stdin is not UTF-8 text ({error})") from error
+    lines = [line.removesuffix("\r") for line in lines]
+    empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
+    if empty:
+        raise DataError(f"prompt: line {empty[0]} of stdin is empty; give one prompt a line")
+    return lines
 
-    tokenizer = load_tokenizer(model)
-    with clean_warnings():
-        base = load_base(model, pick_dtype(dtype), quantize)
-        if adapter is not None:
-            lora.load(base, adapter)
-    if not getattr(base, "is_quantized", False):  # those are where they belong, and refuse to be moved
-        base.to("cuda" if torch.cuda.is_available() else "cpu")
-    return base, tokenizer
+
+class _Stream:
+    """Pieces of answers to stdout; of several, each answer starts on its own line after an empty one."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.now = 0
+
+    def show(self, index: int, piece: str) -> None:
+        if index != self.now:
+            typer.echo("\n" * (index - self.now + 1), nl=False)
+            self.now = index
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..errors import LoraError
 from .base import max_positions
 from .quiet import quiet
 from .recipe import RUN_FILE
+from .streaming import Pieces
 
 
 def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:
@@ -34,20 +36,44 @@ def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:
     return prompts
 
 
-def prompt_as_trained(text: str, adapter: str | Path | None) -> Example:
-    """A typed prompt, in the form of the rows that the adapter was trained on where its run.json says which."""
+def run_record(adapter: str | Path | None) -> dict[str, Any]:
+    """What `lora train` recorded of an adapter's run in its run.json; empty where there is none.
+
+    Raises:
+        LoraError: the file is no such record.
+    """
     file = None if adapter is None else Path(adapter) / RUN_FILE
     if file is None or not file.is_file():
-        return typed_prompt(text)
+        return {}
     try:
-        return typed_prompt(text, json.loads(file.read_text(encoding="utf-8")).get("format"))
-    except (ValueError, AttributeError) as error:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise TypeError(f"it holds {type(record).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise LoraError(f"adapter: {str(file)!r} is not the record of a run: {error}; restore or delete it") from error
+    return record
+
+
+def prompt_as_trained(text: str, adapter: str | Path | None) -> Example:
+    """A typed prompt, in the form of the rows that the adapter was trained on where its run.json says which."""
+    return typed_prompt(text, run_record(adapter).get("format"))
+
+
+def style_as_trained(adapter: str | Path | None) -> str:
+    """The template that an adapter was trained with, by its run.json; "auto" where it says none."""
+    return str(run_record(adapter).get("template") or "auto")
+
+
+def template_for(tokenizer: Any, style: str) -> PromptTemplate:
+    """The template of a style."""
+    given: dict[str, Any] = {} if style == "auto" else {"style": style}
+    return PromptTemplate(tokenizer, **given)
 
 
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str | Example], *, max_new_tokens: int = 128, batch_size: int = 16,
-    temperature: float = 0.0, seed: int = 0, on_batch: Callable[[int], None] | None = None,
+    temperature: float = 0.0, seed: int = 0, style: str = "auto", on_batch: Callable[[int], None] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:  # fmt: skip
     """The answer to each prompt, in order, without the prompt and without special tokens.
 
@@ -56,30 +82,32 @@ def generate(
     Args:
         prompts: texts (one user turn each), or examples from `row_prompts`.
         temperature: 0 takes the likeliest token; above, samples with `seed`.
+        style: how a prompt is written, the recipe's `template`; `style_as_trained` finds an adapter's.
         on_batch: called with the number of prompts done since the last call.
+        on_text: called with a prompt's index and the next piece of its answer, as it grows. Prompts are then answered
+            one at a time, in order.
 
     Raises:
-        LoraError: a prompt that is empty or leaves no room for an answer, or a value out of range.
+        LoraError: a prompt that is empty, no text or leaves no room for an answer, or a value out of range.
     """
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise LoraError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= temperature < float("inf"):
         raise LoraError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    template = PromptTemplate(tokenizer)
-    encoded = [_prompt_ids(prompt, template) for prompt in prompts]
+    template = template_for(tokenizer, style)
+    encoded = [prompt_ids(number, prompt, template) for number, prompt in enumerate(prompts, 1)]
     _check_lengths(encoded, model, max_new_tokens)
-    # Prompts of one length share a batch: less padding; the order is restored below.
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    batches = _batches([len(ids) for ids in encoded], batch_size if on_text is None else 1, sort=on_text is None)
     answers = [""] * len(encoded)
     settings = _settings(template, model, max_new_tokens, temperature)
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            texts = _generate_batch(model, template, [encoded[index] for index in batch], settings)
+        for batch in batches:
+            emit = None if on_text is None else partial(on_text, batch[0])
+            texts = _generate_batch(model, template, [encoded[index] for index in batch], settings, emit)
             for index, text in zip(batch, texts, strict=True):
                 answers[index] = text
             if on_batch is not None:
@@ -89,11 +117,27 @@ def generate(
     return answers
 
 
-def _prompt_ids(prompt: str | Example, template: PromptTemplate) -> list[int]:
+def _batches(lengths: Sequence[int], size: int, sort: bool) -> list[list[int]]:
+    """Indices of prompts by batches; sorted, those of one length share a batch: less padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__) if sort else list(range(len(lengths)))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def prompt_ids(number: int, prompt: str | Example, template: PromptTemplate) -> list[int]:
+    """Token ids of a prompt, `number` in errors. Raises `LoraError` for one that is empty or no text."""
     example = typed_prompt(prompt) if isinstance(prompt, str) else prompt
-    if not example.messages:
-        return template.text_ids(example.text)
-    return template.prompt_ids(template.prompt(example.messages))
+    text = template.prompt(example.messages) if example.messages else example.text
+    last = example.messages[-1].get("content") if example.messages else text
+    if isinstance(last, str) and not last.strip():
+        raise LoraError(f"prompt {number} is empty; give at least one word")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LoraError(
+            f"prompt {number} is no text: it holds {text[error.start]!a}, half of a character, after "
+            f"{text[max(0, error.start - 20) : error.start]!r}; correct it"
+        ) from error
+    return template.prompt_ids(text) if example.messages else template.text_ids(text)
 
 
 def _check_lengths(encoded: Sequence[Sequence[int]], model: Any, max_new_tokens: int) -> None:
@@ -125,12 +169,15 @@ def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, tempera
 
 @quiet()
 @torch.inference_mode()
-def _generate_batch(model: Any, template: PromptTemplate, batch: Sequence[list[int]], settings: Any) -> list[str]:
+def _generate_batch(
+    model: Any, template: PromptTemplate, batch: Sequence[list[int]], settings: Any, emit: Callable[[str], None] | None
+) -> list[str]:
     ids = padded(batch, settings.pad_token_id, left=True).to(model.device)
     mask = padded([[1] * len(row) for row in batch], 0, left=True).to(model.device)
-    output: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    new = output[:, ids.shape[1] :].tolist()  # (rows, <= max_new_tokens)
     stops = set(settings.eos_token_id)
+    pieces = None if emit is None else Pieces(template.tokenizer, stops, emit)
+    output: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=pieces)
+    new = output[:, ids.shape[1] :].tolist()  # (rows, <= max_new_tokens)
     # Cut here and not by skip_special_tokens alone: a stop token need not be marked special in its tokenizer.
     answers = [list(takewhile(lambda token: token not in stops, row)) for row in new]
     return [str(template.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]

@@ -1,0 +1,34 @@
+"""What the commands that answer share: their common flags, and the model with its adapter, ready to run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Base or merged model: a folder, or a name on the hub.")]
+Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; without it the model answers alone.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts answered at a time.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples.")]
+Seed = Annotated[int, typer.Option(help="Seeds the sampling.")]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: auto, fp32, bf16, fp16.")]
+Quantize = Annotated[str, typer.Option(help="Load the model quantized, as an adapter was trained: none, nf4, int8.")]
+
+
+def load_answering(model: str, adapter: Path | None, dtype: str, quantize: str) -> tuple[Any, Any]:
+    """The model with the adapter acting, on the GPU where there is one, and its tokenizer."""
+    import torch
+
+    import lora
+
+    from ..train.base import load_base, load_tokenizer, pick_dtype
+    from .console import clean_warnings
+
+    tokenizer = load_tokenizer(model)
+    with clean_warnings():
+        base = load_base(model, pick_dtype(dtype), quantize)
+        if adapter is not None:
+            lora.load(base, adapter)
+    if not getattr(base, "is_quantized", False):  # those are where they belong, and refuse to be moved
+        base.to("cuda" if torch.cuda.is_available() else "cpu")
+    return base, tokenizer
