@@ -55,7 +55,7 @@ NAMED_ELSEWHERE = {
     "files/description.py": {"DoRA": "the same key, shown"},
     "files/header.py": {"int8": "a dtype"},
     "train/recipe.py": {"nf4": "the choices of a setting", "int8": "the choices of a setting", "dora": "two settings"},
-    "commands/generate.py": {"nf4": "the help of a flag", "int8": "the help of a flag"},
+    "commands/answering.py": {"nf4": "the help of a flag", "int8": "the help of a flag"},
 }
 # The libraries that make quantized weights, and what their classes and attributes are called.
 MAKERS = re.compile(r"bitsandbytes|\bbnb\b|linear4bit|linear8bitlt|params4bit|quant_state|conv1d", re.IGNORECASE)
