@@ -40,16 +40,10 @@ def generate(
 
         lora generate org/base --adapter my-adapter --prompt "..."
     """
-    if (not prompt) == (input_file is None):
-        raise LoraError("give either --prompt TEXT or --input FILE")
-    if (input_file is None) != (output is None):
-        raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
-    if stream and output is not None:
-        raise LoraError("--stream shows answers on stdout, and --output writes them to a file; give one of the two")
+    _check(bool(prompt), input_file, output, stream)
     typed = [text for given in prompt or () for text in (_lines_of_stdin() if given == "-" else [given])]
 
     from ..data.rows import read_rows
-    from ..files.commit import replaced
     from ..train import generation
     from .console import clean_warnings
 
@@ -61,19 +55,32 @@ def generate(
     with clean_warnings(), _progress(1 if stream else len(prompts)) as advance:
         answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
-            seed=seed, style=style, on_batch=advance, on_text=_Stream(len(prompts)).show if stream else None,
+            seed=seed, style=style, on_batch=advance, on_text=_Stream().show if stream else None,
         )  # fmt: skip
     if stream:
         typer.echo()
-    elif output is None and len(answers) == 1:
-        typer.echo(answers[0])
-    elif output is None:
-        typer.echo("\n".join(_answered(rows, answers)))
+    elif output is not None:
+        _write(output, rows, answers)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(output) as file:
-            file.write_text("".join(f"{line}\n" for line in _answered(rows, answers)), encoding="utf-8")
-        typer.echo(f"{len(answers)} answers: {output}")
+        typer.echo(answers[0] if len(answers) == 1 else "\n".join(_answered(rows, answers)))
+
+
+def _check(prompted: bool, input_file: Path | None, output: Path | None, stream: bool) -> None:
+    if prompted == (input_file is not None):
+        raise LoraError("give either --prompt TEXT or --input FILE")
+    if (input_file is None) != (output is None):
+        raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
+    if stream and output is not None:
+        raise LoraError("--stream shows answers on stdout, and --output writes them to a file; give one of the two")
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
+    from ..files.commit import replaced
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(output) as file:
+        file.write_text("".join(f"{line}\n" for line in _answered(rows, answers)), encoding="utf-8")
+    typer.echo(f"{len(answers)} answers: {output}")
 
 
 def _answered(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[str]:
@@ -96,8 +103,7 @@ def _lines_of_stdin() -> list[str]:
 class _Stream:
     """Pieces of answers to stdout; of several, each answer starts on its own line after an empty one."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self) -> None:
         self.now = 0
 
     def show(self, index: int, piece: str) -> None:
