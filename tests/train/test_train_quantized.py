@@ -218,9 +218,9 @@ def test_without_bitsandbytes_it_says_what_to_install(
 def optimizer_of(monkeypatch: pytest.MonkeyPatch, plan: Recipe) -> Any:
     """The optimizer that a run of this recipe used."""
     seen: list[Any] = []
-    end = job_module.StepWatch.on_train_end
+    end = job_module.Watch.on_train_end
     monkeypatch.setattr(
-        job_module.StepWatch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1]
+        job_module.Watch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1]
     )
     run(plan, force=True)
     return seen[0].optimizer

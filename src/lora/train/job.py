@@ -25,7 +25,7 @@ from .base import check_quantization, load_base, load_config, load_tokenizer, ma
 from .needs import check_liger, check_needs
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
 from .trainer import train
-from .watch import StepWatch
+from .watch import Watch
 
 _LONGEST = 2048  # the default max_length of a model that could take more
 
@@ -72,7 +72,7 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
         console.print(f"eval_data: {held_out}", highlight=False)
     _check_warmup(recipe, len(data.rows))
     model = _adapted(recipe)
-    watch = StepWatch(console, recipe.log_every)
+    watch = Watch(console, recipe.log_every)
     try:
         train(recipe, model, template, data, held_out, watch)
     except (NonFiniteError, KeyboardInterrupt) as error:
@@ -132,7 +132,7 @@ def _finite(model: Any) -> bool:
 
 
 def _save(
-    recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: StepWatch, stopped: str | None = None
+    recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: Watch, stopped: str | None = None
 ) -> dict[str, float]:
     """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
     lora.save(model, out)

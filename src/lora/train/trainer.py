@@ -16,7 +16,7 @@ from .guard import Guard
 from .needs import OPTIMIZERS
 from .quiet import quiet
 from .recipe import Recipe
-from .watch import StepWatch
+from .watch import Watch
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -35,7 +35,7 @@ class LoraTrainer(Trainer):
 
 def train(
     recipe: Recipe, model: Any, template: PromptTemplate, data: EncodedData, held_out: EncodedData | None,
-    watch: StepWatch,
+    watch: Watch,
 ) -> None:  # fmt: skip
     guard = Guard([watch])
     use_cache = getattr(model.config, "use_cache", None)

@@ -1,77 +1,154 @@
-"""What happens at each step: counted and shown."""
+"""What a run looks like while it runs: the numbers of each step, counted once and shown."""
 
+import math
 import time
 from collections import deque
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerState
 
+from .display import Display
 from .steps import RunCallback, Step
 
 
-class StepWatch(RunCallback):
-    """Keeps the counts and the recent losses, and shows them.
+@dataclass(frozen=True)
+class StepNumbers:
+    """One optimizer step, as metrics.jsonl has it.
+
+    `loss` is the mean over the step's `trained` tokens, `grad_norm` the gradient's norm before it is clipped, `tokens`
+    what the step read without padding, `tokens_per_second` of this step alone, `memory` bytes (see `memory_used`) and
+    `seconds` the training time since the run began: earlier parts of a resumed run count, evaluations do not.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    trained: int
+    tokens_per_second: float
+    memory: int
+    seconds: float
+
+
+class Watch(RunCallback):
+    """Counts the steps and shows them. Callbacks that come after it find a step's numbers in `latest`.
 
     Args:
-        console: where to write: a live bar on a terminal, a line every few steps elsewhere.
+        console: where to write: a live display on a terminal, a line every few steps elsewhere.
         log_every: steps between two such lines, and over how many steps `recent_loss` is the mean.
     """
 
     def __init__(self, console: Console, log_every: int) -> None:
         self.console, self.log_every = console, log_every
-        self.losses: deque[float] = deque(maxlen=log_every)
-        self.tokens = self.steps = 0
+        self.latest: StepNumbers | None = None
         self.eval_loss: float | None = None
-        self._started = self._ended = 0.0
-        self._bar = Progress(
-            TextColumn("training"), BarColumn(), TextColumn("{task.fields[line]}"), console=console, transient=True
-        )
-
-    def stop(self) -> None:
-        """Takes the bar away; to be called however the run ended."""
-        if self.console.is_terminal:  # a bar that never started would print an empty line
-            self._bar.stop()
+        self.tokens = self.trained = self.steps = 0
+        self.seconds = 0.0
+        self._window: deque[tuple[int, float, int]] = deque(maxlen=log_every)  # step, loss, trained tokens
+        self._mark: float | None = None  # when the time that is not yet in `seconds` began; None: nothing trains
+        self._display = Display(console)
 
     @property
     def recent_loss(self) -> float:
-        return sum(self.losses) / max(1, len(self.losses))
+        """The mean over the trained tokens of the last `log_every` steps."""
+        weight = sum(trained for _, _, trained in self._window)
+        return sum(loss * trained for _, loss, trained in self._window) / weight if weight else math.nan
 
     @property
-    def seconds(self) -> float:
-        return (self._ended or time.perf_counter()) - self._started
+    def mean_of(self) -> str:
+        """What `recent_loss` is a mean of, in words."""
+        if not self._window:
+            return "no step"
+        first, last = self._window[0][0], self._window[-1][0]
+        return f"the tokens of step {last}" if first == last else f"the tokens of steps {first} to {last}"
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @contextmanager
+    def paused(self, why: str = "") -> Iterator[None]:
+        """Within it, time is not the training's: an evaluation, a checkpoint."""
+        running = self._mark is not None
+        self._clock()
+        self._display.note(why)
+        try:
+            yield
+        finally:
+            self._mark = time.perf_counter() if running else None
+            self._display.note("")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the display where there is one."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def evaluated(self, loss: float, note: str = "") -> None:
+        """The loss on the held-out rows as of now; `note` is what else there is to say about it."""
+        self.eval_loss = loss
+        text = f"step {self.steps:,}: eval loss {loss:.4f}{note}"
+        self.say(text)
+        self._display.evaluated(text)
+
+    def stop(self) -> None:
+        """Takes the display away; to be called however the run ended."""
+        self._display.stop()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps, "tokens": self.tokens, "trained": self.trained, "seconds": self.seconds,
+            "eval_loss": self.eval_loss, "window": [list(each) for each in self._window],
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.steps, self.tokens, self.trained = state["steps"], state["tokens"], state["trained"]
+        self.seconds, self.eval_loss = state["seconds"], state["eval_loss"]
+        self._window.extend((step, loss, trained) for step, loss, trained in state["window"])
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-        self._task = self._bar.add_task("training", total=state.max_steps, line="first step")
-        if self.console.is_terminal:
-            self._bar.start()
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._ended = time.perf_counter()
+        self._mark = time.perf_counter()
+        self._display.start(state.global_step, state.max_steps)
 
     def on_step(self, step: Step) -> None:
-        self.losses.append(step.loss)
-        self.tokens += step.tokens
+        before = self.seconds
+        self._clock()
         self.steps = step.number
+        self.tokens += step.tokens
+        self.trained += step.trained
+        rate = step.tokens / max(self.seconds - before, 1e-9)
+        self.latest = StepNumbers(
+            step.number, step.loss, step.lr, step.grad_norm, step.tokens, step.trained, round(rate, 1), memory_used(),
+            round(self.seconds, 3),
+        )  # fmt: skip
+        self._window.append((step.number, step.loss, step.trained))
+        self._display.step(self.latest, self.recent_loss, self.mean_of)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        left = timedelta(seconds=round(self.seconds / max(1, self.steps) * (state.max_steps - self.steps)))
-        line = (
-            f"step {self.steps}/{state.max_steps}  loss {self.recent_loss:.4f}  "
-            f"{self.tokens_per_second:,.0f} tokens/s  {left} left"
-        )
-        step = state.global_step
-        self._bar.update(self._task, completed=step, line=line)
-        if not self.console.is_terminal and (step % self.log_every == 0 or step in (1, state.max_steps)):
-            self.console.print(line, highlight=False)
+        if state.global_step % self.log_every == 0 or state.global_step in (1, state.max_steps):
+            self._display.line()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._mark = None
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.eval_loss = float(kwargs["metrics"]["eval_loss"])
-        self.console.print(f"step {state.global_step}: eval loss {self.eval_loss:.4f}", highlight=False)
+        self.evaluated(float(kwargs["metrics"]["eval_loss"]))
+
+    def _clock(self) -> None:
+        if self._mark is not None:
+            now = time.perf_counter()
+            self.seconds += now - self._mark
+            self._mark = now
+
+
+def memory_used() -> int:
+    """Bytes: the most that was allocated on the GPU so far, or what this process holds where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil  # type: ignore[import-untyped]
+
+    return int(psutil.Process().memory_info().rss)
