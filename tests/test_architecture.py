@@ -40,7 +40,7 @@ ROOMS = {
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "data": "errors",
     "train": "errors config files bases layers targets data lora",
-    "evaluation": "errors data",
+    "evaluation": "errors data train",
     "commands": "errors config files exact data train lora",
     "cli": "errors commands",
 }

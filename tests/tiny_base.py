@@ -40,3 +40,24 @@ def save_tiny_base(folder: Path, chat: bool = True) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tiny_encoder(folder: Path) -> Path:
+    """A BERT of 0.3 M parameters without a head, under the same tokenizer."""
+    from transformers import BertConfig, BertModel
+
+    tokenizer = load_example_tokenizer()
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        initializer_range=0.25,  # large enough for the layers to matter
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

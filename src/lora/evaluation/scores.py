@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DataError
+from ..train.classify import accuracy_f1
 
 NO_LABEL = ""  # what is found in an answer that names no label
 _WORD = re.compile(r"[^\W_]+")
@@ -85,14 +86,8 @@ def first_label(answer: str, labels: Sequence[str]) -> str:
 
 def label_scores(found: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """Accuracy, F1 weighted by how many rows have each label, and the share of answers without any label."""
-    from sklearn.metrics import accuracy_score, f1_score  # type: ignore[import-untyped]
-
     right = [target.lower() for target in targets]
-    return {
-        "accuracy": 100 * float(accuracy_score(right, list(found))),
-        "f1": 100 * float(f1_score(right, list(found), average="weighted", zero_division=0)),
-        "no_label": 100 * sum(label == NO_LABEL for label in found) / len(found),
-    }
+    return {**accuracy_f1(list(found), right), "no_label": 100 * sum(label == NO_LABEL for label in found) / len(found)}
 
 
 def most_frequent(targets: Sequence[str]) -> dict[str, float]:

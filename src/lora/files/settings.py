@@ -201,6 +201,8 @@ def task_type(root: object) -> str | None:
     name = type(root).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") and hasattr(root, "get_encoder") else None
 
 

@@ -1,5 +1,6 @@
 """The base model and its tokenizer, loaded with errors that say what to do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ def pick_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", device: str | None = None) -> Any:
+def load_base(
+    name: str, dtype: torch.dtype | str, quantize: str = "none", device: str | None = None,
+    labels: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """A causal language model in eval mode: in `dtype` and on the CPU, or, where it is quantized, on `device`.
 
     Args:
         dtype: of all that is not quantized ("auto": as it is stored), and of the products with weights that become NF4.
         quantize: one of `bases.loadable()`, such as "nf4"; "none" takes the model as it is stored.
         device: of a quantized model; None is the GPU where there is one.
+        labels: their names make it a sequence classifier instead (see `classify.load_classifier`).
 
     Raises:
         LoraError: nothing is there, it cannot be read, it is no causal language model, or it is stored in another
             quantization than the one asked for.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     stored, kind = check_quantization(name, quantize)
     options: dict[str, Any] = {}
@@ -42,7 +47,11 @@ def load_base(name: str, dtype: torch.dtype | str, quantize: str = "none", devic
         options["device_map"] = {"": place if device is None else device}
     if stored is None and quantize != "none":
         options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype)
-    model = _read(AutoModelForCausalLM, name, dtype=dtype, **options)
+    if labels:
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+    kind_of_model = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    model = _read(kind_of_model, name, dtype=dtype, **options)
     if kind is not None:
         kind.after_loading(model)
         if isinstance(dtype, torch.dtype):
