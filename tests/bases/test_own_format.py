@@ -16,9 +16,11 @@ import lora
 import stranger
 from conftest import randomize, same_bits, snapshot
 from lora import bases
-from lora.ops.dequantize import dequantize, layout, register_layout
+from lora.ops.dequantize import layout, register_layout
 from lora.ops.frozen_linear import frozen_linear
 from stranger import RowLayout, RowLinear, RowWeight, quantize
+
+dequantize = torch.ops.lora.dequantize
 
 
 class Shifted(RowLinear):

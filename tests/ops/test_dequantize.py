@@ -21,8 +21,9 @@ from torch import Tensor
 from lora.bases.eight_bit import EightBitLayout
 from lora.bases.four_bit import FourBitLayout
 from lora.errors import LoraError
-from lora.ops.dequantize import Layout, dequantize, element, layout, layout_text
+from lora.ops.dequantize import Layout, layout, layout_text
 
+dequantize = torch.ops.lora.dequantize
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(63, 341), (1, 1), (5, 64), (3, 130), (64, 128)]
@@ -171,7 +172,7 @@ def test_any_storage(bnb: ModuleType, storage: torch.dtype, shape: tuple[int, ..
     assert parts[0].dtype == storage
     parts[0] = parts[0].view(shape)
     assert same_bits(dequantize(parts, form, torch.bfloat16), dequantize(plain, form, torch.bfloat16))
-    assert same_bits(element(parts, form, 5, 159, torch.float32), element(plain, form, 5, 159, torch.float32))
+    assert same_bits(layout(form).element(parts, 5, 159), layout(form).element(plain, 5, 159))
 
 
 @dtypes
@@ -206,7 +207,7 @@ def test_element(kind: str, block: int, nested: int, dtype: torch.dtype) -> None
     parts, form = made(kind, (9, 41), block, nested)
     weight = dequantize(parts, form, dtype)
     for row, column in [(0, 0), (0, 1), (3, 17), (8, 39), (8, 40)]:
-        value = element(parts, form, row, column, dtype)
+        value = layout(form).element(parts, row, column).to(dtype)
         assert value.shape == () and same_bits(value[None], weight[row, column][None])
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lora import LoraError
-from lora.ops.dequantize import Packed, dequantize
+from lora.ops.dequantize import Packed
 from lora.ops.frozen_linear import frozen_linear
 
+dequantize = torch.ops.lora.dequantize
 IN, OUT = 64, 48
 INT8, NF4 = f"int8:{OUT}x{IN}", f"nf4:{OUT}x{IN}:64:256"
 formats = pytest.mark.parametrize("form", [INT8, NF4])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import listed
-from ..ops.dequantize import dequantize, element
+from ..ops.dequantize import layout
 from .offloaded import running_device
 
 # The tensors that store a weight, and how: `str(ops.dequantize.Layout)`, or "" for a plain matrix.
@@ -156,10 +156,11 @@ class Quantized(FrozenWeight):
         return self.module.out_features, self.module.in_features
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        return dequantize(*self.stored(), dtype or self.dtype)
+        return torch.ops.lora.dequantize(*self.stored(), dtype or self.dtype)  # type: ignore[no-any-return]
 
     def at(self, row: int, column: int) -> Tensor:
-        return element(*self.stored(), row, column, torch.float32)
+        parts, form = self.stored()
+        return layout(form).element(parts, row, column)
 
     def check(self) -> None:
         self.stored()

@@ -92,21 +92,6 @@ def layout_text(kind: str, shape: tuple[int, int], *numbers: int) -> str:
     return f"{kind}:{shape[0]}x{shape[1]}" + "".join([f":{number}" for number in numbers if number])
 
 
-def dequantize(parts: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) in dtype.
-
-    Args:
-        parts: the tensors of the layout, in its order, on one device; format: `str(Layout(...))`.
-    """
-    weight: Tensor = torch.ops.lora.dequantize(list(parts), format, dtype)
-    return weight
-
-
-def element(parts: Sequence[Tensor], format: str, row: int, column: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize(parts, format, dtype)[row, column]`, a tensor without dimensions."""
-    return layout(format).element(parts, row, column).to(dtype)
-
-
 class Packed:
     """A stored weight for code that is within an operator already; what can be done once for all its uses is.
 
