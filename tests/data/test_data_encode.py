@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from lora import LoraError
 from lora.data.encode import IGNORED, Encoded, check_trained, encode_rows
 from lora.data.template import PromptTemplate, stop_ids
+from lora.errors import DataError
 from tiny_base import load_example_tokenizer
 
 CHATML = (
@@ -189,10 +190,12 @@ def test_text_is_trained_whole_and_cut_into_pieces_that_lose_nothing() -> None:
 
 def test_rows_that_are_too_long_are_left_out_and_counted() -> None:
     made = with_template(None)
-    rows = [PAIR, {"prompt": "x", "completion": "word " * 50}, PAIR]
+    rows = [PAIR, {"prompt": "x", "completion": "word " * 50}, *[PAIR] * 8]
     data = encode_rows(rows, made, 20)
-    assert len(data.rows) == 2
-    assert "1 of 3 rows are longer than max_length=20 and were left out; the longest has" in str(data)
+    assert len(data.rows) == 9
+    assert "1 of 10 rows are longer than max_length=20 and were left out; the longest has" in str(data)
+    with pytest.raises(DataError, match="1 of 9 rows are longer .*more than the 10% that are left out"):
+        encode_rows(rows[:-1], made, 20)
     with pytest.raises(LoraError, match="every row is longer than max_length=3 .*raise max_length"):
         encode_rows([PAIR], made, 3)
 

@@ -1,16 +1,20 @@
 """The one prompt template: training and generation both render through here.
 
-With a chat template, a conversation is what the tokenizer renders. Without one, a prompt is its own text and the
-answer follows it directly.
+With a chat template, a conversation is what the tokenizer renders. Without one, a prompt is its own text, wrapped as
+the style says, and the answer follows it directly.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from ..errors import DataError, LoraError
-from .formats import Message
+from .formats import Example, Message
+from .specials import fenced, parts, special_ids, special_pattern
 
+# auto is chat where the tokenizer has a chat template, else plain. inst is how FinLoRA wrote its prompts.
+STYLES = ("auto", "chat", "plain", "inst")
 # Distinct words that no template transforms or adds of itself.
 _PROBE_QUESTION, _PROBE_ANSWER = "abacus", "zeppelin"
 
@@ -18,21 +22,40 @@ _PROBE_QUESTION, _PROBE_ANSWER = "abacus", "zeppelin"
 class PromptTemplate:
     """Renders conversations with one tokenizer and knows which token ends an answer.
 
+    Rendered text holds fences around special tokens that a row spelled (see `specials`); `prompt_ids` and
+    `continuation_ids` understand them, `unfenced` takes them out.
+
     Args:
         tokenizer: a transformers tokenizer; it is read, never changed.
+        style: one of `STYLES`; the attribute `style` holds what auto became.
 
     Raises:
-        LoraError: the tokenizer has no token that could end an answer.
+        LoraError: an unknown style, chat without a chat template, or a tokenizer without a token that could end an
+            answer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, style: str = "auto") -> None:
+        if style not in STYLES:
+            raise LoraError(f"template is {style!r}; allowed: {', '.join(STYLES)}")
+        has_chat = bool(getattr(tokenizer, "chat_template", None))
+        if style == "chat" and not has_chat:
+            raise LoraError(
+                "template is 'chat', but the tokenizer has no chat template; use plain, inst or a chat model"
+            )
         self.tokenizer = tokenizer
-        self.is_chat = bool(getattr(tokenizer, "chat_template", None))
+        self.style = ("chat" if has_chat else "plain") if style == "auto" else style
+        self.is_chat = self.style == "chat"
+        self.pattern = special_pattern(tokenizer)
+        self._last: tuple[str | None, list[int]] = (None, [])
         if self.turn_end is None and tokenizer.eos_token_id is None:
             raise LoraError(
                 "the tokenizer has neither an eos_token nor a chat template that ends its turns with a special token, "
                 "so no answer could ever stop; set tokenizer.eos_token and save the tokenizer with the model"
             )
+
+    @cached_property
+    def special(self) -> set[int]:
+        return special_ids(self.tokenizer)
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -41,14 +64,12 @@ class PromptTemplate:
             return None
         probe = (Message(role="user", content=_PROBE_QUESTION), Message(role="assistant", content=_PROBE_ANSWER))
         tail = self.render(probe).rpartition(_PROBE_ANSWER)[2]
-        added = self.tokenizer.added_tokens_decoder
-        special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        found = next((i for i in self._tokenize(tail, special=False) if i in special), None)
+        found = next((i for i in self._tokenize(tail, special=False) if i in self.special), None)
         return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
     @property
     def stop_id(self) -> int:
-        """The token that every trained answer ends with."""
+        """The token that every trained answer ends with, but for a call of a tool where the template ends it apart."""
         if self.turn_end is not None:
             return int(self.tokenizer.convert_tokens_to_ids(self.turn_end))
         return int(self.tokenizer.eos_token_id)
@@ -59,41 +80,69 @@ class PromptTemplate:
         eos = self.tokenizer.eos_token_id
         return self.stop_id if eos is None else int(eos)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text after which the model is to answer. `messages` end before the answer.
 
         Raises:
             DataError: without a chat template, anything but one user turn.
         """
         roles = [message["role"] for message in messages]
-        if not self.is_chat and roles != ["user"]:
+        if not self.is_chat and (roles != ["user"] or tools):
+            why = "the tokenizer has none" if self.style == "plain" else f"the template is {self.style!r}"
             raise DataError(
-                f"the turns {'/'.join(roles)} need a chat template, and the tokenizer has none; "
+                f"{'tools' if tools else 'the turns ' + '/'.join(roles)} need a chat template, and {why}; "
                 "use a chat model, or rows with one prompt and one completion"
             )
-        return self.render(messages, add_generation_prompt=True)
+        return self.render(messages, tools, add_generation_prompt=True)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = False
+    ) -> str:
         """The conversation as the chat template, if any, writes it. Raises `DataError` when it refuses the turns."""
         if not self.is_chat:
-            return "".join(message["content"] for message in messages)
+            return "".join(self._wrapped(message) for message in messages)
         import jinja2
 
         try:
-            turns = [dict(message) for message in messages]
+            turns = [self._turn(message) for message in messages]
+            offered = fenced(list(tools), self.pattern) or None
             apply = self.tokenizer.apply_chat_template
-            return str(apply(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-        except jinja2.TemplateError as error:
+            return str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
             roles = "/".join(message["role"] for message in messages)
             raise DataError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
 
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """The message for the chat template: a thought goes by both names that templates have for it."""
+        turn = dict(fenced(dict(message), self.pattern))
+        if "reasoning_content" in turn:
+            turn["thinking"] = turn["reasoning_content"]
+        return turn
+
+    def _wrapped(self, message: Message) -> str:
+        if message["role"] == "assistant":
+            return str(fenced(message["content"], self.pattern))
+        if self.style == "inst":
+            return f"[INST] {fenced(message['content'], self.pattern)} [/INST]"
+        return str(fenced(message["content"], None))  # what a plain prompt spells is what the model reads
+
+    def example_prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of an example that ends before its answer, as training has them there."""
+        if not example.messages:
+            return self.text_ids(example.text)
+        return self.prompt_ids(self.prompt(example.messages, example.tools))
+
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt. A chat template writes its own bos; without one the tokenizer adds it."""
-        return self._tokenize(text, special=not self.is_chat)
+        if self._last[0] != text:  # asked for once as a prompt and once more as the beginning of its answer
+            self._last = text, self._tokenize(text, special=not self.is_chat)
+        return list(self._last[1])
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a plain text, outside any chat template, open at its end."""
-        return self._tokenize(text, special=True)
+        return self._tokenize(str(fenced(text, None)), special=True)
 
     def continuation_ids(self, before: str, text: str) -> list[int]:
         """Token ids of `text` as it follows a prompt `before`.
@@ -101,20 +150,49 @@ class PromptTemplate:
         A prompt is tokenized alone when the model generates, so an answer must continue the prompt's own tokens:
         where joint tokenization would merge across the boundary, the two sides are tokenized apart.
         """
-        head, joint = self.prompt_ids(before), self.prompt_ids(before + text)
+        head, joint = self.prompt_ids(before), self._tokenize(before + text, special=not self.is_chat)
         if joint[: len(head)] == head:
             return joint[len(head) :]
         return self._tokenize(text, special=False)
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
-        bare = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if not special:
-            return bare
-        ids = list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
-        # Some tokenizers close every text with eos; a prompt is open, and an answer gets exactly one.
-        while len(ids) > len(bare) and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
+        ids = list(self._opening) if special else []
+        for piece, spelled in parts(text):
+            ids += self._spelled(piece) if spelled else self._ids(piece)
         return ids
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before a text. What it may put after one is left off: a prompt is open."""
+        whole, bare = list(self.tokenizer(_PROBE_ANSWER, verbose=False)["input_ids"]), self._ids(_PROBE_ANSWER)
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        if not starts:
+            raise LoraError("the tokenizer writes a text differently when it adds its special tokens; give another one")
+        return whole[: starts[0]]
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
+
+    def _spelled(self, text: str) -> list[int]:
+        ids = self._ids(text, split_special_tokens=True)
+        if self.special.intersection(ids):
+            raise DataError(
+                f"it spells the special token {text!r}, which this tokenizer cannot write as text; reword it"
+            )
+        return ids
+
+    def typed(self, example: Example) -> tuple[set[str], set[str]]:
+        """Special tokens that the example's texts spell: those kept as text, and those that become the tokens."""
+        if self.pattern is None:
+            return set(), set()
+        if not example.messages:
+            return set(), set(self.pattern.findall(example.text))
+        kept, real = set[str](), set[str]()
+        for message in example.messages:
+            plain = self.style == "plain" and message["role"] != "assistant"
+            text = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
+            (real if plain else kept).update(self.pattern.findall(text))
+        return kept, real
 
 
 def stop_ids(template: PromptTemplate, generation_config: Any = None) -> list[int]:
@@ -122,3 +200,11 @@ def stop_ids(template: PromptTemplate, generation_config: Any = None) -> list[in
     configured = getattr(generation_config, "eos_token_id", None)
     known: Iterable[int] = [configured] if isinstance(configured, int) else configured or []
     return sorted({template.stop_id, template.text_stop_id, *known})
+
+
+def style_of_run(record: Mapping[str, Any]) -> str:
+    """The style of an adapter's run.json, so that its prompts are written as in training; auto where it says none."""
+    style = record.get("template", "auto")
+    if style not in STYLES:
+        raise LoraError(f"the run's template is {style!r}; allowed: {', '.join(STYLES)}")
+    return str(style)
