@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import DataError, LoraError
 from .formats import Example, Message
-from .specials import fenced, parts, special_ids, special_pattern
+from .specials import fenced
+from .tokens import Tokens
 
 # auto is chat where the tokenizer has a chat template, else plain. inst is how FinLoRA wrote its prompts.
 STYLES = ("auto", "chat", "plain", "inst")
@@ -19,7 +20,7 @@ STYLES = ("auto", "chat", "plain", "inst")
 _PROBE_QUESTION, _PROBE_ANSWER = "abacus", "zeppelin"
 
 
-class PromptTemplate:
+class PromptTemplate(Tokens):
     """Renders conversations with one tokenizer and knows which token ends an answer.
 
     Rendered text holds fences around special tokens that a row spelled (see `specials`); `prompt_ids` and
@@ -42,20 +43,14 @@ class PromptTemplate:
             raise LoraError(
                 "template is 'chat', but the tokenizer has no chat template; use plain, inst or a chat model"
             )
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.style = ("chat" if has_chat else "plain") if style == "auto" else style
         self.is_chat = self.style == "chat"
-        self.pattern = special_pattern(tokenizer)
-        self._last: tuple[str | None, list[int]] = (None, [])
         if self.turn_end is None and tokenizer.eos_token_id is None:
             raise LoraError(
                 "the tokenizer has neither an eos_token nor a chat template that ends its turns with a special token, "
                 "so no answer could ever stop; set tokenizer.eos_token and save the tokenizer with the model"
             )
-
-    @cached_property
-    def special(self) -> set[int]:
-        return special_ids(self.tokenizer)
 
     @cached_property
     def turn_end(self) -> str | None:
@@ -128,59 +123,6 @@ class PromptTemplate:
             return f"[INST] {fenced(message['content'], self.pattern)} [/INST]"
         return str(fenced(message["content"], None))  # what a plain prompt spells is what the model reads
 
-    def example_prompt_ids(self, example: Example) -> list[int]:
-        """Token ids of an example that ends before its answer, as training has them there."""
-        if not example.messages:
-            return self.text_ids(example.text)
-        return self.prompt_ids(self.prompt(example.messages, example.tools))
-
-    def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt. A chat template writes its own bos; without one the tokenizer adds it."""
-        if self._last[0] != text:  # asked for once as a prompt and once more as the beginning of its answer
-            self._last = text, self._tokenize(text, special=not self.is_chat)
-        return list(self._last[1])
-
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a plain text, outside any chat template, open at its end."""
-        return self._tokenize(str(fenced(text, None)), special=True)
-
-    def continuation_ids(self, before: str, text: str) -> list[int]:
-        """Token ids of `text` as it follows a prompt `before`.
-
-        A prompt is tokenized alone when the model generates, so an answer must continue the prompt's own tokens:
-        where joint tokenization would merge across the boundary, the two sides are tokenized apart.
-        """
-        head, joint = self.prompt_ids(before), self._tokenize(before + text, special=not self.is_chat)
-        if joint[: len(head)] == head:
-            return joint[len(head) :]
-        return self._tokenize(text, special=False)
-
-    def _tokenize(self, text: str, special: bool) -> list[int]:
-        ids = list(self._opening) if special else []
-        for piece, spelled in parts(text):
-            ids += self._spelled(piece) if spelled else self._ids(piece)
-        return ids
-
-    @cached_property
-    def _opening(self) -> list[int]:
-        """What the tokenizer puts before a text. What it may put after one is left off: a prompt is open."""
-        whole, bare = list(self.tokenizer(_PROBE_ANSWER, verbose=False)["input_ids"]), self._ids(_PROBE_ANSWER)
-        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-        if not starts:
-            raise LoraError("the tokenizer writes a text differently when it adds its special tokens; give another one")
-        return whole[: starts[0]]
-
-    def _ids(self, text: str, **options: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options)["input_ids"])
-
-    def _spelled(self, text: str) -> list[int]:
-        ids = self._ids(text, split_special_tokens=True)
-        if self.special.intersection(ids):
-            raise DataError(
-                f"it spells the special token {text!r}, which this tokenizer cannot write as text; reword it"
-            )
-        return ids
-
     def typed(self, example: Example) -> tuple[set[str], set[str]]:
         """Special tokens that the example's texts spell: those kept as text, and those that become the tokens."""
         if self.pattern is None:
@@ -200,11 +142,3 @@ def stop_ids(template: PromptTemplate, generation_config: Any = None) -> list[in
     configured = getattr(generation_config, "eos_token_id", None)
     known: Iterable[int] = [configured] if isinstance(configured, int) else configured or []
     return sorted({template.stop_id, template.text_stop_id, *known})
-
-
-def style_of_run(record: Mapping[str, Any]) -> str:
-    """The style of an adapter's run.json, so that its prompts are written as in training; auto where it says none."""
-    style = record.get("template", "auto")
-    if style not in STYLES:
-        raise LoraError(f"the run's template is {style!r}; allowed: {', '.join(STYLES)}")
-    return str(style)

@@ -126,7 +126,7 @@ def _batches(lengths: Sequence[int], size: int, sort: bool) -> list[list[int]]:
 def prompt_ids(number: int, prompt: str | Example, template: PromptTemplate) -> list[int]:
     """Token ids of a prompt, `number` in errors. Raises `LoraError` for one that is empty or no text."""
     example = typed_prompt(prompt) if isinstance(prompt, str) else prompt
-    text = template.prompt(example.messages) if example.messages else example.text
+    text = template.prompt(example.messages, example.tools) if example.messages else example.text
     last = example.messages[-1].get("content") if example.messages else text
     if isinstance(last, str) and not last.strip():
         raise LoraError(f"prompt {number} is empty; give at least one word")
