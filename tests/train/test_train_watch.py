@@ -92,7 +92,7 @@ def test_counting_goes_on_where_a_checkpoint_left_it() -> None:
     loop = Loop(plain(), log_every=3)
     for loss in (3.0, 2.0):
         loop.step(loss, 5, 4)
-    loop.watch.evaluated(2.5)
+    loop.watch.evaluated(2, 2.5)
     other = Loop(plain(), log_every=3)
     other.watch.restore(loop.watch.state())
     other.state.global_step = 2
@@ -109,7 +109,7 @@ def test_on_a_terminal_there_is_one_display_and_no_lines() -> None:
     try:
         for loss in (4.0, 3.0, 2.0):
             loop.step(loss, 50, 10)
-        loop.watch.evaluated(1.25, ", the best so far")
+        loop.watch.evaluated(3, 1.25, ", the best so far")
         with loop.watch.paused("evaluating"):
             pass
     finally:

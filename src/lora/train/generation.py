@@ -100,7 +100,7 @@ def generate(
     _check_lengths(encoded, model, max_new_tokens)
     batches = _batches([len(ids) for ids in encoded], batch_size if on_text is None else 1, sort=on_text is None)
     answers = [""] * len(encoded)
-    settings = _settings(template, model, max_new_tokens, temperature)
+    settings = generation_settings(template, model, max_new_tokens, temperature)
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -153,7 +153,7 @@ def _check_lengths(encoded: Sequence[Sequence[int]], model: Any, max_new_tokens:
 
 
 @quiet()  # it remarks on sampling settings that a greedy run does not use
-def _settings(template: PromptTemplate, model: Any, max_new_tokens: int, temperature: float) -> Any:
+def generation_settings(template: PromptTemplate, model: Any, max_new_tokens: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
     stops = stop_ids(template, model.generation_config)

@@ -88,10 +88,10 @@ class Watch(RunCallback):
         """A line that stays, above the display where there is one."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def evaluated(self, loss: float, note: str = "") -> None:
-        """The loss on the held-out rows as of now; `note` is what else there is to say about it."""
+    def evaluated(self, step: int, loss: float, note: str = "") -> None:
+        """The loss on the held-out rows after a step; `note` is what else there is to say about it."""
         self.eval_loss = loss
-        text = f"step {self.steps:,}: eval loss {loss:.4f}{note}"
+        text = f"step {step:,}: eval loss {loss:.4f}{note}"
         self.say(text)
         self._display.evaluated(text)
 
@@ -106,6 +106,8 @@ class Watch(RunCallback):
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
         self.steps, self.tokens, self.trained = state["steps"], state["tokens"], state["trained"]
         self.seconds, self.eval_loss = state["seconds"], state["eval_loss"]
         self._window.extend((step, loss, trained) for step, loss, trained in state["window"])
@@ -136,7 +138,7 @@ class Watch(RunCallback):
         self._mark = None
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.evaluated(float(kwargs["metrics"]["eval_loss"]))
+        self.evaluated(state.global_step, float(kwargs["metrics"]["eval_loss"]))
 
     def _clock(self) -> None:
         if self._mark is not None:
