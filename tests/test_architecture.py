@@ -40,8 +40,8 @@ ROOMS = {
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "data": "errors",
     "train": "errors config files bases layers targets data lora",
-    "evaluation": "errors data train",
-    "commands": "errors config files exact data train lora",
+    "evaluation": "errors tables data train lora",
+    "commands": "errors config files exact data train evaluation lora",
     "cli": "errors commands",
 }
 FILES_IN_ROOT = 15

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from lora.errors import DataError, LoraError
-from lora.evaluation.tasks import TASKS, find_tasks, read_task, split_joined, spread
+from lora.evaluation.scores import split_joined
+from lora.evaluation.tasks import TASKS, find_tasks, read_task, spread
 
 
 def names(text: str) -> list[str]:

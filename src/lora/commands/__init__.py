@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .chat import chat
+from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
@@ -38,5 +39,6 @@ def lora(
 app.command()(train)
 app.command()(generate)
 app.command()(chat)
+app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)

@@ -2,15 +2,26 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import DataError, LoraError
-from .answering import Adapter, BatchSize, Dtype, MaxNewTokens, Model, Quantize, Seed, Temperature, load_answering
+from .answering import (
+    Adapter,
+    BatchSize,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Seed,
+    Temperature,
+    load_answering,
+    progress,
+    write_lines,
+)
 
 
 def generate(
@@ -52,7 +63,7 @@ def generate(
     prompts = [as_trained(text, adapter) for text in typed] or generation.row_prompts(rows)
     style = generation.style_as_trained(adapter)
     base, tokenizer = load_answering(model, adapter, dtype, quantize)
-    with clean_warnings(), _progress(1 if stream else len(prompts)) as advance:
+    with clean_warnings(), progress(1 if stream else len(prompts)) as advance:
         answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
             seed=seed, style=style, on_batch=advance, on_text=_Stream().show if stream else None,
@@ -75,11 +86,7 @@ def _check(prompted: bool, input_file: Path | None, output: Path | None, stream:
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
-    from ..files.commit import replaced
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(output) as file:
-        file.write_text("".join(f"{line}\n" for line in _answered(rows, answers)), encoding="utf-8")
+    write_lines(output, _answered(rows, answers))
     typer.echo(f"{len(answers)} answers: {output}")
 
 
@@ -112,16 +119,3 @@ class _Stream:
             self.now = index
         typer.echo(piece, nl=False)
         sys.stdout.flush()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over many prompts; nothing for one."""
-    from rich.progress import Progress
-
-    from .console import stderr
-
-    console = stderr()
-    with Progress(console=console, transient=True, disable=total == 1 or not console.is_terminal) as bar:
-        task = bar.add_task("answering", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -84,6 +84,12 @@ def first_label(answer: str, labels: Sequence[str]) -> str:
     return min(found)[2] if found else NO_LABEL
 
 
+def split_joined(answer: str, count: int) -> list[str]:
+    """The parts of an answer between its commas: `count` of them, those that are missing empty, as FinLoRA cuts it."""
+    parts = [part.strip().replace("\n", "") for part in answer.split(",")]
+    return parts[:count] + [""] * (count - len(parts))
+
+
 def label_scores(found: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """Accuracy, F1 weighted by how many rows have each label, and the share of answers without any label."""
     right = [target.lower() for target in targets]

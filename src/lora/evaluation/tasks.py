@@ -101,12 +101,6 @@ def read_task(task: Task, folder: Path) -> list[Row]:
     return [{**row, "target": str(row["target"])} for row in rows]
 
 
-def split_joined(answer: str, count: int) -> list[str]:
-    """The parts of an answer between its commas: `count` of them, those that are missing empty, as FinLoRA cuts it."""
-    parts = [part.strip().replace("\n", "") for part in answer.split(",")]
-    return parts[:count] + [""] * (count - len(parts))
-
-
 def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """`limit` of the rows at equal steps: some files are sorted by label, so that the first few have one alone."""
     if limit is None or limit >= len(rows):
