@@ -96,7 +96,7 @@ def test_a_merged_column_leaves_the_model_as_it_was(adapted: tuple[Path, Any]) -
 
 
 def test_finloras_tasks_are_scored_by_the_first_label(cli: Lora, tmp_path: Path) -> None:
-    """An adapter that learned to say one label: what it says is found, and the floor stands beside it."""
+    """An adapter that learned to say one label behind [INST]: what it says is found, and the floor stands beside it."""
     folder = save_tiny_base(tmp_path / "base")
     files = tmp_path / "test"
     files.mkdir()
@@ -112,7 +112,7 @@ def test_finloras_tasks_are_scored_by_the_first_label(cli: Lora, tmp_path: Path)
     model = load_base(str(folder), torch.float32)
     tok = load_tokenizer(str(folder))
     lora.inject(model, r=4, targets="all-linear")
-    data = encode_rows([{**row, "target": "Neutral!"} for row in rows], PromptTemplate(tok), 128).rows
+    data = encode_rows([{**row, "target": "Neutral!"} for row in rows], PromptTemplate(tok, "inst"), 128).rows
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     for _ in range(40):
         optimizer.zero_grad()
@@ -120,6 +120,7 @@ def test_finloras_tasks_are_scored_by_the_first_label(cli: Lora, tmp_path: Path)
             model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss.backward()
         optimizer.step()
     lora.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"template": "inst"}))
 
     code, out, _ = cli(
         "eval", folder, "--adapter", tmp_path / "adapter", "--task", "tfns,fiqa", "--task-dir", tmp_path, "--json"

@@ -9,9 +9,10 @@ import lora
 
 from ..data.collate import PaddingCollator
 from ..data.encode import EncodedData, encode_rows
+from ..data.template import PromptTemplate
 from ..errors import LoraError
 from ..train.base import max_positions
-from ..train.generation import generate, template_for
+from ..train.generation import generate
 from ..train.losses import held_out_loss
 from .scores import bleu, exact, label_scores, perplexity, rouge_l
 from .sets import EvalSet
@@ -81,10 +82,9 @@ def measure(
     answers: list[str] = []
     note = ""
     if "perplexity" in given.metrics:
-        data = encode_rows(given.rows, template_for(tokenizer, style), _max_length(model), given.name)
+        data = encode_rows(given.rows, PromptTemplate(tokenizer, style), _max_length(model), given.name)
         scores["perplexity"] = perplexity(_loss(model, tokenizer, data, batch_size))
-        left_out = len(given.rows) - data.read + data.dropped
-        note = f"{given.name}: the loss is without {left_out} rows that are too long" if left_out else ""
+        note = "\n".join(f"{given.name}: {line}" for line in str(data).splitlines()[1:])
     if set(given.metrics) - {"perplexity"}:
         answers = generate(
             model, tokenizer, given.prompts, max_new_tokens=given.max_new_tokens, batch_size=batch_size, style=style,

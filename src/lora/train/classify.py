@@ -112,7 +112,7 @@ def encode_labelled(
             ids = list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])  # keeps its closing token
         encoded.append(Encoded(input_ids=ids, labels=[names.index(label)]))
     format_name = f"{_text_field(rows[0])}/{LABEL_FIELD}"
-    return LabelledData(encoded, format_name, max_length, len(rows), 0, longest, cut, 0, tuple(names))
+    return LabelledData(encoded, format_name, max_length, len(rows), longest=longest, cut=cut, names=tuple(names))
 
 
 def _texts(rows: Sequence[Row], argument: str) -> Iterator[tuple[str, str]]:

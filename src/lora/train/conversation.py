@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.formats import Example, Message
+from ..data.template import PromptTemplate
 from ..errors import LoraError
 from .base import max_positions
-from .generation import generate, prompt_ids, template_for
+from .generation import generate, prompt_ids
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Conversation:
     @property
     def remembers(self) -> bool:
         """Whether earlier turns are part of the next prompt; without a chat template each prompt stands alone."""
-        return template_for(self.tokenizer, self.style).is_chat
+        return PromptTemplate(self.tokenizer, self.style).is_chat
 
     def instruct(self, system: str) -> None:
         """Set the system turn. Raises `LoraError` where the template has no place for one."""
@@ -76,5 +77,5 @@ class Conversation:
 
     def _fits(self, turns: list[Message]) -> bool:
         most = max_positions(self.model.config)
-        length = len(prompt_ids(1, self._prompt(turns), template_for(self.tokenizer, self.style)))
+        length = len(prompt_ids(1, self._prompt(turns), PromptTemplate(self.tokenizer, self.style)))
         return most is None or length + self.max_new_tokens <= most

@@ -64,12 +64,6 @@ def style_as_trained(adapter: str | Path | None) -> str:
     return str(run_record(adapter).get("template") or "auto")
 
 
-def template_for(tokenizer: Any, style: str) -> PromptTemplate:
-    """The template of a style."""
-    given: dict[str, Any] = {} if style == "auto" else {"style": style}
-    return PromptTemplate(tokenizer, **given)
-
-
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str | Example], *, max_new_tokens: int = 128, batch_size: int = 16,
     temperature: float = 0.0, seed: int = 0, style: str = "auto", on_batch: Callable[[int], None] | None = None,
@@ -95,7 +89,7 @@ def generate(
             raise LoraError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= temperature < float("inf"):
         raise LoraError(f"temperature is {temperature}; it must be 0 (greedy) or a positive number")
-    template = template_for(tokenizer, style)
+    template = PromptTemplate(tokenizer, style)
     encoded = [prompt_ids(number, prompt, template) for number, prompt in enumerate(prompts, 1)]
     _check_lengths(encoded, model, max_new_tokens)
     batches = _batches([len(ids) for ids in encoded], batch_size if on_text is None else 1, sort=on_text is None)
@@ -126,18 +120,20 @@ def _batches(lengths: Sequence[int], size: int, sort: bool) -> list[list[int]]:
 def prompt_ids(number: int, prompt: str | Example, template: PromptTemplate) -> list[int]:
     """Token ids of a prompt, `number` in errors. Raises `LoraError` for one that is empty or no text."""
     example = typed_prompt(prompt) if isinstance(prompt, str) else prompt
-    text = template.prompt(example.messages, example.tools) if example.messages else example.text
-    last = example.messages[-1].get("content") if example.messages else text
-    if isinstance(last, str) and not last.strip():
+    texts = [message["content"] for message in example.messages] or [example.text]
+    if not texts[-1].strip() and not (example.messages and example.messages[-1]["role"] == "tool"):
         raise LoraError(f"prompt {number} is empty; give at least one word")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise LoraError(
-            f"prompt {number} is no text: it holds {text[error.start]!a}, half of a character, after "
-            f"{text[max(0, error.start - 20) : error.start]!r}; correct it"
-        ) from error
-    return template.prompt_ids(text) if example.messages else template.text_ids(text)
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise LoraError(
+                f"prompt {number} is no text: it holds {text[error.start]!a}, half of a character, after "
+                f"{text[max(0, error.start - 20) : error.start]!r}; correct it"
+            ) from error
+    if not example.messages:
+        return template.text_ids(example.text)
+    return template.prompt_ids(template.prompt(example.messages, example.tools))
 
 
 def _check_lengths(encoded: Sequence[Sequence[int]], model: Any, max_new_tokens: int) -> None:
