@@ -22,19 +22,23 @@ class Glance(NamedTuple):
     rows: int | None
 
 
-def glance(source: str | Path, argument: str = "data") -> Glance:
+def glance(source: str | Path, argument: str = "data", task: str = "generate") -> Glance:
     """Format and number of rows, without torch, transformers and datasets; every row of a file is looked at.
 
-    A set on the hub is not asked for: its format is "known once it is loaded" and its rows are None.
+    A set on the hub is not asked for: its format is "known once it is loaded" and its rows are None. `task` is the
+    recipe's: "classify" wants rows of a text and its label.
 
     Raises:
         DataError: as `read_rows`, and rows that fit no format.
     """
     from .examples import read_examples
+    from .labels import labelled_format, labelled_texts
 
     if not is_local(source):
         return Glance("known once it is loaded", None)
     rows = read_rows(source, argument)
+    if task == "classify":
+        return Glance(labelled_format(rows[0]), len(list(labelled_texts(rows, argument))))
     return Glance(read_examples(rows, argument).format, len(rows))
 
 

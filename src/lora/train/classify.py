@@ -3,7 +3,7 @@
 The head is fresh, so it trains whole and is saved with the adapter.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,12 @@ from torch import Tensor
 from ..config import LoraConfig, matches
 from ..data.collate import padded
 from ..data.encode import Encoded, EncodedData
+from ..data.labels import labelled_format, labelled_texts
 from ..data.sound import Row, named_rows, place, shown
 from ..errors import DataError, LoraError
 from ..layers.left_out import fresh_modules
 from .base import load_base, load_config, max_positions
 
-TEXT_FIELDS = ("text", "sentence")
-LABEL_FIELD = "label"
 _MANY = 100  # from so many labels on, they may be at most half as many as the rows
 
 
@@ -58,7 +57,7 @@ def label_names(rows: Sequence[Row], model: str, argument: str = "data") -> list
         DataError: a row without a text or a label, fewer than two labels, or nearly one for each row.
         LoraError: the model has a head for other labels.
     """
-    found = {label for _, label in _texts(rows, argument)}
+    found = {label for _, label in labelled_texts(rows, argument)}
     names = sorted(found, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
     if len(names) < 2:
         raise DataError(f"{argument}: all rows have the label {names[0]!r}; a classifier needs two labels or more")
@@ -94,7 +93,7 @@ def encode_labelled(
     Raises:
         DataError: a row without a text or a label, or with a label that is not in `names`; the message names the rows.
     """
-    pairs = list(_texts(rows, argument))
+    pairs = list(labelled_texts(rows, argument))
     unknown = [
         place(row, i) for i, (row, (_, label)) in enumerate(zip(rows, pairs, strict=True), 1) if label not in names
     ]
@@ -111,30 +110,9 @@ def encode_labelled(
             cut += 1
             ids = list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])  # keeps its closing token
         encoded.append(Encoded(input_ids=ids, labels=[names.index(label)]))
-    format_name = f"{_text_field(rows[0])}/{LABEL_FIELD}"
-    return LabelledData(encoded, format_name, max_length, len(rows), longest=longest, cut=cut, names=tuple(names))
-
-
-def _texts(rows: Sequence[Row], argument: str) -> Iterator[tuple[str, str]]:
-    """(text, label) of each row."""
-    for number, row in enumerate(rows, 1):
-        where = f"{argument}: row {place(row, number)}"
-        field = _text_field(row)
-        if field is None or row.get(LABEL_FIELD) is None:
-            raise DataError(
-                f"{where}: its fields are {shown(list(row))}; a classifier's rows have text or sentence, and label (a "
-                "table names its columns in its first line)"
-            )
-        text, label = row[field], row[LABEL_FIELD]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: {field} is {shown(text)}; it must be text")
-        if not isinstance(label, (str, int)) or not str(label).strip():
-            raise DataError(f"{where}: label is {shown(label)}; it must be a name or a whole number")
-        yield text, str(label).strip()
-
-
-def _text_field(row: Row) -> str | None:
-    return next((field for field in TEXT_FIELDS if field in row), None)
+    return LabelledData(
+        encoded, labelled_format(rows[0]), max_length, len(rows), longest=longest, cut=cut, names=tuple(names)
+    )
 
 
 def longest_text(model: str, tokenizer: Any) -> int | None:
