@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..data.labels import LABEL_FIELD
 from ..data.rows import Row
 from ..errors import LoraError
-from ..train.classify import LABEL_FIELD, class_logits, encode_labelled, longest_text, pad_id, stored_labels
+from ..train.classify import class_logits, encode_labelled, longest_text, pad_id, stored_labels
 from .columns import Measured
 from .scores import label_scores
 from .sets import EvalSet
