@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +79,14 @@ def test_base_adapter_and_merged_stand_side_by_side(
                 trained = int((labels[:, 1:] != -100).sum())
                 total, count = total + float(model(ids, labels=labels).loss) * trained, count + trained
     assert lines["perplexity"]["base"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+    wrapped = Path(shutil.copytree(adapter, tmp_path / "wrapped"))
+    (wrapped / "run.json").write_text(json.dumps({"template": "inst"}))
+    ask = ["eval", base, "--adapter", wrapped, "--data", rows, "--max-new-tokens", 6, "--metrics", "exact"]
+    assert cli(*ask, "--answers", kept)[0] == 0
+    as_trained = [json.loads(line)["adapter"] for line in kept.read_text().splitlines()]
+    assert as_trained == generate(model, tok, prompts, max_new_tokens=6, style="inst")
+    assert as_trained != [row["adapter"] for row in answers]  # the prompts were without the wrapper then
 
     code, table, _ = cli("eval", base, "--data", rows, "--metrics", "exact", "--max-new-tokens", 2)
     assert code == 0
