@@ -95,7 +95,9 @@ def _bad_regex(label: str, value: Any) -> Iterable[str]:
 
 
 def _is_number(value: Any, low: float, kind: Any = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value > low
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return (isinstance(value, int) or math.isfinite(value)) and value > low  # an integer may be beyond any float
 
 
 def _is_rank(value: Any) -> bool:

@@ -21,7 +21,7 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "dropout": (["--dropout", "0.1"], 0.1),
     "bias": (["--bias", "lora_only"], "lora_only"),
     "init": (["--init", "kaiming"], "kaiming"),
-    "rslora": (["--rslora"], True),
+    "rslora": (["--rslora", "--alpha", "32"], True),
     "exclude": (["--exclude", r".*layers\.0\..*"], r".*layers\.0\..*"),
     "layers": (["--layers", "0,2"], [0, 2]),
     "rank_pattern": (["--rank-pattern", r"down_proj=16,\.\d{1,2}.*q=4"], {"down_proj": 16, r"\.\d{1,2}.*q": 4}),
@@ -30,6 +30,8 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "update": (["--update", "mine"], "mine"),
     "dora": (["--dora"], True),
 }  # fmt: skip
+
+DEFAULTS = {"r": 16, "targets": "all-linear", "alpha": 32}
 
 
 def injected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> LoraConfig:
@@ -54,13 +56,14 @@ def test_what_is_typed_reaches_inject(name: str, monkeypatch: pytest.MonkeyPatch
     flags, value = TYPED[name]
     done = CliRunner().invoke(app, ["train", "--model", "m", "--data", "d", "--out", "o", *flags])
     assert str(done.exception) == "enough", done.output
-    assert injected(plans[0], monkeypatch) == LoraConfig(**{name: value})
+    expected = LoraConfig(**{**DEFAULTS, name: value})
+    assert injected(plans[0], monkeypatch) == expected
     (tmp_path / "recipe.yaml").write_text(plans[0].to_yaml())  # what lies beside the adapter runs again
-    assert injected(load_recipe(tmp_path / "recipe.yaml"), monkeypatch) == LoraConfig(**{name: value})
+    assert injected(load_recipe(tmp_path / "recipe.yaml"), monkeypatch) == expected
 
 
-def test_nothing_typed_is_inject_without_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert injected(Recipe.of(model="m", data="d", out="o"), monkeypatch) == LoraConfig()
+def test_nothing_typed_is_a_run_s_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert injected(Recipe.of(model="m", data="d", out="o"), monkeypatch) == LoraConfig(**DEFAULTS)
 
 
 @pytest.mark.parametrize("text", ["", "q_proj", "=4", "q_proj=", "a=1,b"])

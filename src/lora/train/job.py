@@ -1,7 +1,6 @@
 """The order of a run: place, needs, rows, model, training, and what is written at the end."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,15 @@ from ..data.template import PromptTemplate
 from ..errors import LoraError, NonFiniteError
 from ..files.commit import replaced
 from ..files.fingerprint import quantization
-from ..files.header import CONFIG_FILE
 from ..layers.host import base_modules
-from .base import check_quantization, load_base, load_config, load_tokenizer, max_positions, pick_dtype
+from .base import check_quantization, load_base, load_tokenizer, pick_dtype
+from .base_facts import read_facts
+from .checks import check_out
+from .defaults import LONGEST, resolved
 from .needs import check_liger, check_needs
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
 from .trainer import train
 from .watch import Watch
-
-_LONGEST = 2048  # the default max_length of a model that could take more
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,22 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
         LoraError: anything wrong with the model, the data or the settings, before the first step.
         NonFiniteError: the loss or its gradient became NaN or infinite; the message says at which step.
     """
-    out = _check_out(Path(recipe.out), force)
+    facts = read_facts(recipe.model)
+    recipe = resolved(recipe, facts).recipe
+    out = check_out(recipe, force, facts)
     check_needs(recipe)
     check_quantization(recipe.model, recipe.quantize)
     console = console or Console(quiet=True)
     transformers.set_seed(recipe.seed)
     template = PromptTemplate(load_tokenizer(recipe.model))
-    length = _max_length(recipe)
+    length = recipe.max_length or LONGEST
     data = encode_rows(read_rows(recipe.data), template, length)
     console.print(f"data: {data}", highlight=False)
     held_out = None
     if recipe.eval_data is not None:
         held_out = encode_rows(read_rows(recipe.eval_data, "eval_data"), template, length, "eval_data")
         console.print(f"eval_data: {held_out}", highlight=False)
-    _check_warmup(recipe, len(data.rows))
+    recipe = resolved(recipe, facts, len(data.rows)).recipe
     model = _adapted(recipe)
     watch = Watch(console, recipe.log_every)
     try:
@@ -88,33 +89,6 @@ def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) 
     if not _finite(model):
         raise LoraError(f"the adapter holds NaN or infinity after step {watch.steps}, so it was not saved; lower lr")
     return Result(out, _save(recipe, model, out, data, watch))
-
-
-def _check_out(out: Path, force: bool) -> Path:
-    if out.exists() and not out.is_dir():
-        raise LoraError(f"out: {str(out)!r} is a file; give a folder")
-    if (out / CONFIG_FILE).exists() and not force:
-        raise LoraError(f"out: {str(out)!r} already holds an adapter; give another folder, or --force to replace it")
-    return out
-
-
-def _max_length(recipe: Recipe) -> int:
-    most = max_positions(load_config(recipe.model))
-    if recipe.max_length is None:
-        return min(most or _LONGEST, _LONGEST)
-    if most is not None and recipe.max_length > most:
-        raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
-    return recipe.max_length
-
-
-def _check_warmup(recipe: Recipe, rows: int) -> None:
-    a_pass = math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
-    steps = recipe.max_steps or math.ceil((recipe.epochs or 1) * a_pass)
-    if recipe.warmup_steps is not None and recipe.warmup_steps >= steps:
-        raise LoraError(
-            f"warmup_steps is {recipe.warmup_steps}, but {rows} rows at batch_size {recipe.batch_size} make only "
-            f"{steps} steps; lower warmup_steps or train longer"
-        )
 
 
 def _adapted(recipe: Recipe) -> Any:

@@ -12,6 +12,7 @@ import lora
 from ..data.collate import PaddingCollator
 from ..data.encode import IGNORED, EncodedData
 from ..data.template import PromptTemplate
+from .defaults import LR
 from .guard import Guard
 from .needs import OPTIMIZERS
 from .quiet import quiet
@@ -65,8 +66,9 @@ def arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.grad_accum,
         num_train_epochs=recipe.epochs or 1, max_steps=recipe.max_steps or -1,
-        optim=OPTIMIZERS[recipe.optimizer], learning_rate=recipe.lr, lr_scheduler_type=_SCHEDULES[recipe.schedule],
-        warmup_steps=0.03 if recipe.warmup_steps is None else recipe.warmup_steps,  # below 1 it is a share
+        optim=OPTIMIZERS[recipe.optimizer], learning_rate=recipe.lr or LR,
+        lr_scheduler_type=_SCHEDULES[recipe.schedule],
+        warmup_steps=recipe.warmup_steps or 0,
         weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         eval_strategy="epoch" if evaluate else "no", save_strategy="no", logging_strategy="no",

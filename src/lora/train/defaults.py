@@ -1,0 +1,202 @@
+"""What a run does where the recipe says nothing: each default once, with its reason. docs/training.md tells whence.
+
+Some follow from the base's size or the length of the run, so a recipe is resolved when these are known.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LoraError
+from .base_facts import BaseFacts
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+R, TARGETS = 16, "all-linear"
+BATCH_SIZE = 8
+LR = 2e-4  # where neither the base's size nor the length of the run is known
+_ALPHA, _ALPHA_RSLORA = 32.0, 8.0
+LONGEST = 2048  # of a model that could take more
+_WARMUP = 0.03
+_SAVES = 20
+# Full fine-tuning's rate at this size; it falls with the fourth root of the size. LoRA's is a multiple of it.
+_FULL_RATE, _FULL_SIZE, _FULL_MOST = 2e-5, 8e9, 2e-4
+_TIMES, _TIMES_SHORT, _SHORT = 10, 15, 100
+_MANY_ROWS = 128  # a step
+
+FIXED = {
+    "r": "enough for most data sets; more where the trained tokens outnumber the adapter's parameters",
+    "targets": "every linear but the output head: with the MLPs, LoRA keeps up with full fine-tuning",
+    "batch_size": "adapters suffer more from large batches than full fine-tuning, and no rank mends it",
+}
+
+
+def alpha(rslora: bool) -> float:
+    """One alpha for all ranks: alpha / r then keeps the best learning rate where it is when the rank changes."""
+    return _ALPHA_RSLORA if rslora else _ALPHA
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A default that a run takes, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        value = f"{self.value:g}" if isinstance(self.value, float) else str(self.value)
+        return f"{self.field} {value}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe without open ends, as far as they are known, and the defaults that it took."""
+
+    recipe: "Recipe"
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"default {choice}" for choice in self.choices)
+
+
+def resolved(recipe: "Recipe", facts: BaseFacts | None, rows: int | None = None) -> Resolved:
+    """The recipe with the defaults that these facts decide. What is set stays; asked twice, it adds what is new.
+
+    Args:
+        facts: the base's, or None where it cannot be reached.
+        rows: in one pass of training: without the held-out ones, and packed ones counted once; None leaves open what
+            depends on the length of the run.
+
+    Raises:
+        LoraError: the recipe asks for more than the model or the run has: max_length, warmup_steps.
+    """
+    steps = None if rows is None else total_steps(recipe, rows)
+    steps = recipe.max_steps if steps is None else steps
+    _check(recipe, facts, steps)
+    a_pass = None if rows is None else _steps_of_a_pass(recipe, rows)
+    choices = []
+    for choice in _choices(recipe, facts, steps, a_pass):
+        if choice.field not in recipe.model_fields_set or getattr(recipe, choice.field) is None:
+            choices.append(choice)
+    update = {choice.field: choice.value for choice in choices}
+    share = recipe.warmup_steps
+    if share is not None and share < 1 and steps is not None:
+        update["warmup_steps"] = math.floor(share * steps)
+    return Resolved(recipe.model_copy(update=update), tuple(choices))
+
+
+def total_steps(recipe: "Recipe", rows: int) -> int:
+    """Optimizer steps of the run."""
+    return recipe.max_steps or math.ceil((recipe.epochs or 1) * _steps_of_a_pass(recipe, rows))
+
+
+def held_out(recipe: "Recipe", rows: int) -> int:
+    """How many of the rows `eval_share` holds out: at least one, and never all."""
+    if recipe.eval_share is None:
+        return 0
+    if rows < 2:
+        raise LoraError(f"eval_share: there is {rows} row; hold out one of several, or give eval_data")
+    return min(rows - 1, max(1, round(rows * recipe.eval_share)))
+
+
+def adapter_parameters(recipe: "Recipe", facts: BaseFacts | None) -> int | None:
+    """How many parameters the adapter has, where the base's config tells."""
+    config = recipe.adapter()
+    plain = config.update == "lora" and config.bias == "none"
+    if facts is None or not plain or config.rank_pattern or config.exclude or config.train:
+        return None
+    return facts.adapter_parameters(config.r, config.targets, config.layers)
+
+
+def doubts(recipe: "Recipe", trained_tokens: int, parameters: int) -> list[str]:
+    """What speaks against a run that is about to start: a sentence for each.
+
+    Args:
+        trained_tokens: on which the loss falls, in one pass.
+        parameters: that train.
+    """
+    told = []
+    if trained_tokens > parameters:
+        told.append(
+            f"one pass has {trained_tokens:,} trained tokens, and the adapter {parameters:,} parameters: it may be too "
+            "small to hold what they say; a larger r, or more targets, has more"
+        )
+    if (rows := recipe.batch_size * recipe.grad_accum) > _MANY_ROWS:
+        told.append(
+            f"a step takes {rows:,} rows (batch_size {recipe.batch_size} x grad_accum {recipe.grad_accum}): adapters "
+            "learn less from large batches than full fine-tuning does, and a larger r does not mend it"
+        )
+    return told
+
+
+def rate(parameters: int | None, steps: int) -> tuple[float, str]:
+    """The learning rate for a base of this size, and why."""
+    short = steps <= _SHORT
+    times, word = (_TIMES_SHORT, "fifteen") if short else (_TIMES, "ten")
+    full = min(_FULL_MOST, _FULL_RATE * (_FULL_SIZE / (parameters or _FULL_SIZE)) ** 0.25)
+    size = "a base of unknown size, taken for 8 B" if parameters is None else f"{amount(parameters)} parameters"
+    why = f", as {steps} {_steps(steps)} make a short run" if short else ""
+    return _round(times * full), f"{word} times full fine-tuning's, some {full:.1g} for {size}{why}"
+
+
+def amount(number: int) -> str:
+    """A large number in words: 8.0 B."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _steps(count: int) -> str:
+    return "step" if count == 1 else "steps"
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def _steps_of_a_pass(recipe: "Recipe", rows: int) -> int:
+    return math.ceil(math.ceil(rows / recipe.batch_size) / recipe.grad_accum)
+
+
+def _check(recipe: "Recipe", facts: BaseFacts | None, steps: int | None) -> None:
+    most = None if facts is None else facts.positions
+    if most is not None and recipe.max_length is not None and recipe.max_length > most:
+        raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
+    if steps is not None and recipe.warmup_steps is not None and recipe.warmup_steps >= max(steps, 1):
+        raise LoraError(
+            f"warmup_steps is {recipe.warmup_steps:g}, but the run has only {steps} {_steps(steps)}; lower warmup_steps "
+            "or train longer"
+        )
+
+
+def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pass: int | None) -> Iterator[Choice]:
+    for field, reason in FIXED.items():
+        yield Choice(field, getattr(recipe, field), reason)
+    scale = "alpha / sqrt(r)" if recipe.rslora else "alpha / r"
+    yield Choice(
+        "alpha", alpha(recipe.rslora), f"one for all ranks, so that the best rate hardly moves with r ({scale})"
+    )
+    if recipe.max_steps is None:
+        yield Choice("epochs", 1.0, "one pass; more where the held-out loss still falls")
+    if facts is not None and facts.positions is not None:
+        most = min(facts.positions, LONGEST)
+        yield Choice(
+            "max_length", most, "all that the model takes" if most < LONGEST else "longer rows need more memory"
+        )
+    if steps is None:
+        return
+    yield Choice("lr", *rate(None if facts is None else facts.parameters, steps))
+    warmup = math.floor(_WARMUP * steps)
+    why = f"{_WARMUP:.0%} of {steps} {_steps(steps)}" + (
+        "" if warmup else ", rounded down: the first step of a warm-up is lost"
+    )
+    yield Choice("warmup_steps", warmup, why)
+    yield Choice(
+        "save_every", math.ceil(steps / _SAVES), f"a crash costs a twentieth of {steps} {_steps(steps)} at most"
+    )
+    if a_pass is not None and (recipe.eval_data is not None or recipe.eval_share is not None):
+        yield Choice("eval_every", min(a_pass, steps), "after each pass" if a_pass <= steps else "at the end")
