@@ -87,7 +87,7 @@ def test_yaml_writes_exponents_as_people_do(tmp_path: Path) -> None:
         ("- model", "holds list; it must be a mapping"),
         ("", "holds NoneType; it must be a mapping"),
         ("model: m\ndata: d\nout: o\nlr: 1\nlr: 2\n", "key 'lr' is given twice"),
-        ("model: m\ndata: d\nout: o\nrank: 3\n", r"r\.yaml: 1 mistake\n  - unknown key 'rank'"),
+        ("model: m\ndata: d\nout: o\nranks: 3\n", r"r\.yaml: 1 mistake\n  - unknown key 'ranks'"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: str, message: str) -> None:

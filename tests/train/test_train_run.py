@@ -260,7 +260,7 @@ def test_ctrl_c_keeps_what_was_trained(recipe: Callable[..., Recipe], monkeypatc
         ({"data": "gone.jsonl"}, "data: 'gone.jsonl' is not there"),
         ({"eval_data": "gone.jsonl"}, "eval_data: 'gone.jsonl' is not there"),
         ({"max_length": 4096}, "max_length is 4096, but the model takes 128"),
-        ({"max_steps": None, "warmup_steps": 3}, "warmup_steps is 3, but 12 rows at batch_size 4 make only 3 steps"),
+        ({"max_steps": None, "warmup_steps": 3}, "warmup_steps is 3, but the run has only 3 steps"),
         ({"targets": ["q_porj"]}, "q_porj.*q_proj"),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 
 from ..bases import FrozenWeight, loadable, saved_as, weight_of
 from ..errors import LoraError
+from .base_facts import check_place
 from .quiet import quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,7 +107,7 @@ def load_config(name: str) -> Any:
 
 def _read(kind: Any, name: str, what: str = "", bars: bool = True, **options: Any) -> Any:
     """kind.from_pretrained(name). A download of gigabytes needs its bar; reading a folder does not."""
-    _check_place(name)
+    check_place(name)
     try:
         with quiet(bars=bars and not Path(name).is_dir()):
             return kind.from_pretrained(name, **options)
@@ -125,15 +126,3 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
             floats = parameter is not None and parameter is not packed and parameter.is_floating_point()
             if floats and not any(k in name for k in kept):
                 parameter.data = parameter.data.to(dtype)
-
-
-def _check_place(name: str) -> None:
-    """A mistyped path would be asked of the hub, whose answer speaks of repository ids."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LoraError(f"model: the folder {name!r} has no config.json, so it is not a saved model")
-    elif path.exists():
-        raise LoraError(f"model: {name!r} is a file; give the model's folder or its name on the hub")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise LoraError(f"model: there is no folder {name!r}; give a saved model's folder or a name on the hub")

@@ -64,11 +64,22 @@ def read_facts(model: str) -> BaseFacts | None:
     Raises:
         LoraError: a folder whose config.json is missing or none.
     """
+    check_place(model)
     path = Path(model)
-    if path.is_dir():
-        return facts_of(_config_in(path))
-    config = None if path.exists() else _config_on_hub(model)
+    config = _config_in(path) if path.is_dir() else _config_on_hub(model)
     return None if config is None else facts_of(config)
+
+
+def check_place(name: str) -> None:
+    """Raises `LoraError` for what is no model: a mistyped path would be asked of the hub, which speaks of ids."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoraError(f"model: the folder {name!r} has no config.json, so it is not a saved model")
+    elif path.exists():
+        raise LoraError(f"model: {name!r} is a file; give the model's folder or its name on the hub")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise LoraError(f"model: there is no folder {name!r}; give a saved model's folder or a name on the hub")
 
 
 def facts_of(config: Mapping[str, Any]) -> BaseFacts:
@@ -124,8 +135,6 @@ def _parameters(
 
 def _config_in(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
-        raise LoraError(f"model: the folder {str(folder)!r} has no config.json, so it is not a saved model")
     try:
         if path.stat().st_size > _BYTES:
             raise LoraError(f"it has {path.stat().st_size:,} bytes; at most {_BYTES:,} are read")
@@ -142,7 +151,9 @@ def _config_in(folder: Path) -> dict[str, Any]:
 def _config_on_hub(model: str) -> dict[str, Any] | None:
     """From the hub's cache, or from the hub with one short question: its own client asks six times, 23 seconds."""
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError, build_hf_headers, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(model)

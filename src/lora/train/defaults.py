@@ -168,7 +168,7 @@ def _check(recipe: "Recipe", facts: BaseFacts | None, steps: int | None) -> None
         raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
     if steps is not None and recipe.warmup_steps is not None and recipe.warmup_steps >= max(steps, 1):
         raise LoraError(
-            f"warmup_steps is {recipe.warmup_steps:g}, but the run has only {steps} {_steps(steps)}; lower warmup_steps "
+            f"warmup_steps is {recipe.warmup_steps:g}, but the run has only {steps} {_steps(steps)}; lower it, "
             "or train longer"
         )
 

@@ -40,7 +40,7 @@ def fields_of(name: str, entry: Mapping[str, Any], folder: Path) -> dict[str, An
     for key, value in entry.items():
         if isinstance(value, (list, dict)) or value is None:
             raise LoraError(f"{name}: {key} is {value!r:.80}; it must be one word or number")
-    fixed = {key: value for key, value in FIXED.items() if not (key == "alpha" and "lora_alpha" in entry)}
+    fixed = {key: value for key, value in FIXED.items() if key != "alpha" or entry.get("lora_alpha") is None}
     path = dataset(str(entry["dataset_path"]), folder)
     said = {**entry, "dataset_path": str(path)}
     return {**fixed, **understood(said, ["batch_size"])[0], "out": f"lora_adapters/{name}"}

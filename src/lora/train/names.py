@@ -3,15 +3,31 @@
 A name that means one of our fields is taken and said. One whose meaning we lack is refused by name, with what to do.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import LoraError
-
-Fields = dict[str, Any]
-Reading = Callable[[str, Any], Fields]  # a setting's name and value into our fields; `LoraError` where it means none
-
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+from .readings import (
+    OFF,
+    TRUE,
+    Fields,
+    Reading,
+    as_,
+    bits,
+    checkpointing,
+    choice,
+    dataset,
+    if_true,
+    init,
+    only,
+    qlora,
+    ratio,
+    refused,
+    share,
+    steps,
+    targets,
+    trackers,
+)
 
 
 def understood(given: Mapping[str, Any], ours: Iterable[str]) -> tuple[Fields, list[str]]:
@@ -72,150 +88,15 @@ def _foreign_value(name: str, value: Any) -> bool:
     return name in _OUR_NAMES_ELSEWHERE and str(value) in _OUR_NAMES_ELSEWHERE[name]
 
 
-# How a value is read.
-
-
-def _as(field: str) -> Reading:
-    return lambda name, value: {field: value}
-
-
-def _choice(field: str, **meanings: str) -> Reading:
-    """One of a few words, in another spelling."""
-
-    def read(name: str, value: Any) -> Fields:
-        word = str(value).lower().removeprefix("torch.")
-        if word not in meanings and word not in meanings.values():
-            raise LoraError(f"{name} is {value!r:.80}; understood: {', '.join(dict.fromkeys(meanings))}")
-        return {field: meanings.get(word, word)}
-
-    return read
-
-
-def _truth(name: str, value: Any) -> bool:
-    word = str(value).lower()
-    if word not in (*_TRUE, *_FALSE):
-        raise LoraError(f"{name} is {value!r:.80}; it must be true or false")
-    return word in _TRUE
-
-
-def _if_true(field: str, value: Any) -> Reading:
-    return lambda name, given: {field: value} if _truth(name, given) else {}
-
-
-def _only(allowed: Iterable[Any], advice: str) -> Reading:
-    """A setting that we have no choice in: these values say what is so anyway."""
-    words = [str(value).lower() for value in allowed]
-
-    def read(name: str, value: Any) -> Fields:
-        if str(value).lower() not in words:
-            raise LoraError(f"{name} is {value!r:.80}, which there is nothing for here: {advice}")
-        return {}
-
-    return read
-
-
-def _refused(advice: str) -> Reading:
-    return _only([], advice)
-
-
-_OFF = (None, "", *_FALSE, "none", "null", "[]", "{}")
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise LoraError(f"{name} is {value!r:.80}; it must be a number") from error
-
-
-def _share(name: str, value: Any) -> Fields:
-    share = _number(name, value)
-    if share >= 1:
-        raise LoraError(f"{name} is {value!r:.80}, a number of rows; give the share of the rows: eval_share: 0.02")
-    return {"eval_share": value} if share > 0 else {}
-
-
-def _ratio(name: str, value: Any) -> Fields:
-    if not 0 <= _number(name, value) < 1:
-        raise LoraError(f"{name} is {value!r:.80}; it must be a share of the run, such as 0.03")
-    return {"warmup_steps": value}
-
-
-def _steps(field: str) -> Reading:
-    def read(name: str, value: Any) -> Fields:
-        count = _number(name, value)
-        if 0 < count < 1:
-            raise LoraError(f"{name} is {value!r:.80}, a share of the run; {field} counts steps: give their number")
-        return {field: value} if count > 0 else {}  # Trainer's -1 and 0 mean "not set"
-
-    return read
-
-
-def _bits(name: str, value: Any) -> Fields:
-    bits = {"4": "nf4", "8": "int8", "16": "none", "none": "none"}
-    if str(value).lower() not in bits:
-        raise LoraError(f"{name} is {value!r:.80}; there are 4 (NF4), 8 (int8) and 16 (not quantized)")
-    return {"quantize": bits[str(value).lower()]}
-
-
-def _targets(name: str, value: Any) -> Fields:
-    everything = value in ("all", "all-linear", ["all"], ["all-linear"], ["all_linear"])
-    return {"targets": "all-linear" if everything else value}
-
-
-def _dataset(name: str, value: Any) -> Fields:
-    """A path or name, or Axolotl's list of one `{path: ..., type: ...}`; the rows themselves tell their format."""
-    entries = value if isinstance(value, list) else [value]
-    if len(entries) != 1:
-        raise LoraError(f"{name} lists {len(entries)} sources; give one, such as a folder that holds their files")
-    (entry,) = entries
-    if not isinstance(entry, dict):
-        return {"data": entry}
-    extra = sorted(set(map(str, entry)) - {"path", "type", "ds_type", "split", "data_files"})
-    if extra or not ("path" in entry or "data_files" in entry):
-        raise LoraError(f"{name}: understood are path, type, ds_type and split; got {', '.join(map(str, entry)):.200}")
-    path = entry.get("data_files") or entry["path"]
-    if isinstance(path, list):
-        return _dataset(name, path)
-    return {"data": f"{path}:{entry['split']}" if entry.get("split") else path}
-
-
-def _init(name: str, value: Any) -> Fields:
-    starts = {"true": "kaiming", "gaussian": "gaussian"}  # what PEFT calls them
-    if str(value).lower() not in starts:
-        raise LoraError(f"{name} is {value!r:.80}; there are true (init: kaiming) and gaussian (init: gaussian)")
-    return {"init": starts[str(value).lower()]}
-
-
-def _checkpointing(name: str, value: Any) -> Fields:
-    if value == "unsloth":
-        return {"gradient_checkpointing": True, "offload": True}
-    return {"gradient_checkpointing": _truth(name, value)}
-
-
-def _trackers(name: str, value: Any) -> Fields:
-    if value == "all" or value == ["all"]:
-        raise LoraError(f"{name} is 'all'; name them: tensorboard, trackio, wandb")
-    if str(value).lower() in ("none", "[]", "['none']"):
-        return {"track": []}
-    return {"track": value if isinstance(value, list) else [part for part in str(value).split(",") if part]}
-
-
-def _qlora(name: str, value: Any) -> Fields:
-    if str(value).lower() not in ("lora", "qlora"):
-        raise LoraError(f"{name} is {value!r:.80}; there are lora and qlora")
-    return {"quantize": "nf4"} if str(value).lower() == "qlora" else {}
-
-
-_DTYPE = _choice(
+_DTYPE = choice(
     "dtype", float32="fp32", float="fp32", bfloat16="bf16", float16="fp16", half="fp16", fp32="fp32", bf16="bf16",
     fp16="fp16", auto="auto",
 )  # fmt: skip
-_OPTIMIZER = _choice(
+_OPTIMIZER = choice(
     "optimizer", adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adamw_bnb_8bit="adamw_8bit",
     adamw_8bit="adamw_8bit", paged_adamw="paged_adamw", paged_adamw_32bit="paged_adamw",
 )  # fmt: skip
-_SCHEDULE = _choice("schedule", constant_with_warmup="constant", linear="linear", cosine="cosine", constant="constant")
+_SCHEDULE = choice("schedule", constant_with_warmup="constant", linear="linear", cosine="cosine", constant="constant")
 
 
 def _each(names: str, reading: Reading) -> dict[str, Reading]:
@@ -250,53 +131,53 @@ _SAME: dict[str, str] = {  # our field: what others call it
 }
 
 KNOWN: dict[str, Reading] = {
-    **{name: _as(field) for field, names in _SAME.items() for name in names.split()},
-    **_each("data_path dataset_path train_file train_path dataset dataset_name datasets", _dataset),
-    **_each("target_modules lora_target_modules lora_target", _targets),
-    **_each("quant_bits quantization_bit bits", _bits),
-    **_each("load_in_4bit", _if_true("quantize", "nf4")),
-    **_each("load_in_8bit", _if_true("quantize", "int8")),
-    **_each("lora_target_linear", _if_true("targets", "all-linear")),
-    **_each("adapter", _qlora),
+    **{name: as_(field) for field, names in _SAME.items() for name in names.split()},
+    **_each("data_path dataset_path train_file train_path dataset dataset_name datasets", dataset),
+    **_each("target_modules lora_target_modules lora_target", targets),
+    **_each("quant_bits quantization_bit bits", bits),
+    **_each("load_in_4bit", if_true("quantize", "nf4")),
+    **_each("load_in_8bit", if_true("quantize", "int8")),
+    **_each("lora_target_linear", if_true("targets", "all-linear")),
+    **_each("adapter", qlora),
     **_each("lr_scheduler_type lr_scheduler", _SCHEDULE),
     **_each("optim optimizer", _OPTIMIZER),
     **_each("torch_dtype dtype", _DTYPE),
-    **_each("bf16", _if_true("dtype", "bf16")),
-    **_each("fp16", _if_true("dtype", "fp16")),
-    **_each("val_set_size test_size val_size", _share),
-    **_each("warmup_ratio", _ratio),
-    **_each("max_steps", _steps("max_steps")),
-    **_each("save_steps", _steps("save_every")),
-    **_each("eval_steps", _steps("eval_every")),
-    **_each("init_lora_weights", _init),
-    **_each("use_gradient_checkpointing gradient_checkpointing", _checkpointing),
-    **_each("report_to", _trackers),
-    **_each("task_type", _choice("task", causal_lm="generate", seq_cls="classify")),
+    **_each("bf16", if_true("dtype", "bf16")),
+    **_each("fp16", if_true("dtype", "fp16")),
+    **_each("val_set_size test_size val_size", share),
+    **_each("warmup_ratio", ratio),
+    **_each("max_steps", steps("max_steps")),
+    **_each("save_steps", steps("save_every")),
+    **_each("eval_steps", steps("eval_every")),
+    **_each("init_lora_weights", init),
+    **_each("use_gradient_checkpointing gradient_checkpointing", checkpointing),
+    **_each("report_to", trackers),
+    **_each("task_type", choice("task", causal_lm="generate", seq_cls="classify")),
     # What is so here in any case, or refused.
-    **_each("peft_type finetuning_type", _only(["lora"], "this trains low-rank adapters")),
-    **_each("stage", _only(["sft"], "this trains on examples; docs/integrations.md has other trainers")),
-    **_each("do_train", _only(_TRUE, "lora eval and lora generate do the rest")),
-    **_each("full_finetuning", _only(_OFF, "this trains low-rank adapters")),
-    **_each("fan_in_fan_out inference_mode overwrite_cache", _only([*_TRUE, *_OFF], "it is found by itself")),
-    **_each("trust_remote_code", _only(_OFF, "code that comes with a model is never run")),
-    **_each("train_on_inputs train_on_prompt", _only(_OFF, 'the loss falls on answers; {"text"} rows train whole')),
-    **_each("completion_only_loss assistant_only_loss", _only(_TRUE, 'it is so; {"text"} rows train whole')),
-    **_each("chat_template", _only(["tokenizer_default", *_OFF], "the model's own is used; template: plain has none")),
-    **_each("strict gradient_checkpointing_kwargs ddp_find_unused_parameters", _only(_OFF, "leave it out")),
+    **_each("peft_type finetuning_type", only(["lora"], "this trains low-rank adapters")),
+    **_each("stage", only(["sft"], "this trains on examples; docs/integrations.md has other trainers")),
+    **_each("do_train", only(TRUE, "lora eval and lora generate do the rest")),
+    **_each("full_finetuning", only(OFF, "this trains low-rank adapters")),
+    **_each("fan_in_fan_out inference_mode overwrite_cache", only([*TRUE, *OFF], "it is found by itself")),
+    **_each("trust_remote_code", only(OFF, "code that comes with a model is never run")),
+    **_each("train_on_inputs train_on_prompt", only(OFF, 'the loss falls on answers; {"text"} rows train whole')),
+    **_each("completion_only_loss assistant_only_loss", only(TRUE, 'it is so; {"text"} rows train whole')),
+    **_each("chat_template", only(["tokenizer_default", *OFF], "the model's own is used; template: plain has none")),
+    **_each("strict gradient_checkpointing_kwargs ddp_find_unused_parameters", only(OFF, "leave it out")),
     **_each("save_strategy evaluation_strategy eval_strategy logging_strategy",
-            _only(["steps"], "save_every, eval_every and log_every count steps")),
-    **_each("save_total_limit", _refused("the newest checkpoint and the best are kept")),
-    **_each("load_best_model_at_end", _refused("the best step is kept; early_stop stops after it")),
-    **_each("resume_from_checkpoint", _only(_OFF, "give the command --resume auto, or --resume FOLDER")),
-    **_each("overwrite_output_dir", _only(_OFF, "give the command --force")),
-    **_each("flash_attention attn_implementation flash_attn", _refused("transformers chooses; leave it out")),
-    **_each("tf32", _refused("leave it out")),
-    **_each("neftune_noise_alpha noisy_embedding_alpha", _only(_OFF, "there is no noise; leave it out")),
-    **_each("loraplus_lr_ratio", _only(_OFF, "A and B train at one rate; leave it out")),
-    **_each("deepspeed fsdp fsdp_config", _only(_OFF, "a run is one process on one device; leave it out")),
-    **_each("push_to_hub hub_model_id hub_token", _only(_OFF, "nothing is uploaded; leave it out")),
+            only(["steps"], "save_every, eval_every and log_every count steps")),
+    **_each("save_total_limit", refused("the newest checkpoint and the best are kept")),
+    **_each("load_best_model_at_end", refused("the best step is kept; early_stop stops after it")),
+    **_each("resume_from_checkpoint", only(OFF, "give the command --resume auto, or --resume FOLDER")),
+    **_each("overwrite_output_dir", only(OFF, "give the command --force")),
+    **_each("flash_attention attn_implementation flash_attn", refused("transformers chooses; leave it out")),
+    **_each("tf32", refused("leave it out")),
+    **_each("neftune_noise_alpha noisy_embedding_alpha", only(OFF, "there is no noise; leave it out")),
+    **_each("loraplus_lr_ratio", only(OFF, "A and B train at one rate; leave it out")),
+    **_each("deepspeed fsdp fsdp_config", only(OFF, "a run is one process on one device; leave it out")),
+    **_each("push_to_hub hub_model_id hub_token", only(OFF, "nothing is uploaded; leave it out")),
     **_each("run_name wandb_project wandb_entity wandb_name wandb_run_id",
-            _only(_OFF, "set it in the tracker's environment, such as WANDB_PROJECT, beside track: [wandb]")),
+            only(OFF, "set it in the tracker's environment, such as WANDB_PROJECT, beside track: [wandb]")),
 }  # fmt: skip
 
 # Names that are ours too: the values by which one knows that another tool wrote them.
