@@ -54,11 +54,8 @@ NAMED_ELSEWHERE = {
     "files/settings.py": {"dora": "PEFT has a key for it, use_dora"},
     "files/description.py": {"DoRA": "the same key, shown"},
     "files/header.py": {"int8": "a dtype"},
-    "train/names.py": {
-        "nf4": "what other tools call 4 bits",
-        "int8": "what other tools call 8 bits",
-        "dora": "a setting's other name",
-    },
+    "train/names.py": {"nf4": "4 bits elsewhere", "int8": "8 bits elsewhere", "dora": "a setting's other names"},
+    "train/readings.py": {"nf4": "4 bits elsewhere", "int8": "8 bits elsewhere"},
     "train/recipe.py": {"nf4": "the choices of a setting", "int8": "the choices of a setting", "dora": "two settings"},
     "commands/answering.py": {"nf4": "the help of a flag", "int8": "the help of a flag"},
 }

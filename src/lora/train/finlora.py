@@ -1,4 +1,4 @@
-"""FinLoRA's runs (arXiv:2505.19819): an entry of its `finetune_configs.json` as a recipe.
+"""FinLoRA's runs: an entry of its `finetune_configs.json` as a recipe.
 
 An entry has the names below and says what differs from run to run. The rest, which its training script fixes, is here.
 """

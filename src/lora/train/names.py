@@ -27,7 +27,7 @@ from .readings import (
     steps,
     targets,
     trackers,
-)
+)  # fmt: skip
 
 
 def understood(given: Mapping[str, Any], ours: Iterable[str]) -> tuple[Fields, list[str]]:
