@@ -38,6 +38,7 @@ ROOMS = {
     "injection": "errors config bases layers targets resident atomic",
     "saving": "errors files bases layers resident atomic activation",
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
+    "integrations": "errors config files bases updates layers resident merging activation saving loading lora",
     "data": "errors",
     "train": "errors config files bases layers targets data lora",
     "evaluation": "errors tables data train lora",

@@ -62,6 +62,7 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
             f"name: the model already has an adapter {name!r}; give another name=, or lora.remove(model, {name!r})"
         )
     refuse_merged(root)
+    _refuse_peft(root)
     if any(hasattr(p, "full_tensor") for _, module in base_modules(root) for p in module._parameters.values()):
         warnings.warn(
             "model: FSDP2 has sharded it and knows nothing of the A and B that come now, so nobody averages their "
@@ -72,6 +73,16 @@ def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str,
     first = next(iter(others.values()), None)
     before = first.trainable_before if first else frozenset(n for n, p in base_parameters(root) if p.requires_grad)
     return Adapter(name, config, before, extra or {})
+
+
+def _refuse_peft(root: nn.Module) -> None:
+    """Refuse a model inside PEFT's, in which targets would be the modules of its adapters too."""
+    theirs = next((m for _, m in base_modules(root) if type(m).__module__.partition(".")[0] == "peft"), None)
+    if theirs is not None:
+        raise LoraError(
+            f"model: it is wrapped by PEFT (a {type(theirs).__name__}), and an adapter on top of another's would train "
+            "and be saved under its names; model = model.unload() first, and lora.load(model, PATH) reads PEFT's files"
+        )
 
 
 def _new(root: nn.Module, adapter: Adapter, targets: dict[str, nn.Module]) -> None:

@@ -103,7 +103,7 @@ def _filled(
     _fill(file, _wanted(parts, names), tensors, check)
     if check:
         weights = {names[host]: kind.weight(host) for host, kind, _ in parts}
-        notes += _check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
+        notes += check_origin(file, {name: weight for name, weight in weights.items() if weight is not None})
     return config, parts, notes
 
 
@@ -225,7 +225,8 @@ def _fill(file: AdapterFile, wanted: dict[str, Tensor], tensors: dict[str, Tenso
         )
 
 
-def _check_origin(file: AdapterFile, weights: dict[str, FrozenWeight]) -> list[str]:
+def check_origin(file: AdapterFile, weights: dict[str, FrozenWeight]) -> list[str]:
+    """Refuse a folder that was edited, or an adapter of another base; what else the user should know of the two."""
     folder, header = file.folder, file.metadata
     again = "if that is meant, lora.load(..., check=False)"
     if not file.paired:

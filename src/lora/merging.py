@@ -112,14 +112,20 @@ def unmerge_all(root: nn.Module, journal: Journal) -> None:
 
 def merge_acting(root: nn.Module, journal: Journal, into: str | None = None) -> list[MergedModule]:
     """Merge what acts; nothing at all may act."""
+    places = check_mergeable(root, into)
+    how = How(journal, into, model_dtype(root))
+    return [adapters.merge(name, host, how) for name, host, adapters in places]
+
+
+def check_mergeable(root: nn.Module, into: str | None = None) -> list[Place]:
+    """Refuse what acts and cannot be merged; the hosts that act."""
     places = [place for place in hosts(root) if place[2].active]
     if into is not None and not any(adapters.quantization for _, _, adapters in places):
         raise LoraError(f"into: got {into!r}, but no target is quantized; merge, save, and quantize what was saved")
     for place in places:
         _check(*place, into)
     _check_shared(root, places)
-    how = How(journal, into, model_dtype(root))
-    return [adapters.merge(name, host, how) for name, host, adapters in places]
+    return places
 
 
 def merged_into(root: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,17 @@ def save(
             save(root, path, name, check=check)
 
 
-def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> None:
+class Contents(NamedTuple):
+    """What a folder holds of one adapter: the settings in PEFT's words, the tensors by their keys, and the frozen
+    weights that they belong to, by full name."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights: dict[str, FrozenWeight]
+
+
+def contents(root: nn.Module, adapter: Adapter) -> Contents:
+    """What a save of the adapter writes; the tensors are the adapter's own, no copies."""
     tensors: dict[str, Tensor] = {}
     weights: dict[str, FrozenWeight] = {}
     for host_name, host, adapters in hosts(root):
@@ -61,6 +72,17 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> N
             weight = adapters.weight(host)
             if weight is not None:
                 weights[host_name] = weight
+    config = to_peft(
+        adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
+        targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
+        fan_in_fan_out=any(weight.transposed for weight in weights.values()),
+        base_name=getattr(root, "name_or_path", None), task_type=task_type(root),
+    )  # fmt: skip
+    return Contents(config, tensors, weights)
+
+
+def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> None:
+    config, tensors, weights = contents(root, adapter)
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise LoraError(f"model: {key} is on the meta device and has no values to save")
@@ -75,12 +97,6 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> N
             f"model: adapter {adapter.name!r} has values that are NaN or infinite: {few(wild)}; training has failed. "
             "If they are meant to be kept, lora.save(..., check=False)"
         )
-    config = to_peft(
-        adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
-        targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
-        fan_in_fan_out=any(weight.transposed for weight in weights.values()),
-        base_name=getattr(root, "name_or_path", None), task_type=task_type(root),
-    )  # fmt: skip
     write(folder, config, tensors, {BASE: fingerprint(weights)})
 
 

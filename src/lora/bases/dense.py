@@ -43,6 +43,9 @@ class Transposed(Dense):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         return super().dense(dtype).t()
 
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
 
 class Table(Transposed):
     """nn.Embedding: a row for each token, seen as (dim, tokens), since W0 takes a one-hot token to its row."""

@@ -91,6 +91,10 @@ class FrozenWeight(ABC):
         """Put `values` (n, in) in place of some rows, in the storage's dtype. A quantized weight has no such way."""
         raise NotImplementedError
 
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the parameter's own layout; a view where it can be."""
+        return matrix
+
     @property
     def label(self) -> str | None:
         """The quantization in an adapter's file, by all that the weight's values depend on."""

@@ -3,7 +3,7 @@
 W = round(W0 + D)      D in float64, rounded to fp32 once; the sum in fp32, rounded once
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -62,27 +62,51 @@ def _merged(
     name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...]
 ) -> tuple[Values, MergedModule, DenseUndo]:
     """What a merge writes, says and remembers."""
-    dense, dtype = weight.dense(), weight.dtype
+    dtype = weight.dtype
     scales = [update.output_scale(weight, torch.float64) for update in updates]
     made, digest, patches = Change(updates, scales), Digest(), []
     blocks: Blocks = []
     sums = torch.zeros(3, dtype=torch.float64)
+    for rows, old, delta, new in _summed(name, weight, made):
+        digest.add(old, new)
+        patches.append(Patch(old, made.origin(rows, new)))
+        blocks.append((rows, old, new))
+        sums += moments(new.to(delta.dtype) - old, delta)
+    biases = _summed_bias(name, host, updates)
+    report = MergedModule(name, weight.shape, dtype, *kept_and_noise(sums))
+    return (blocks, biases), report, DenseUndo(dtype, digest.value, patches, scales, biases)
+
+
+def _summed(name: str, weight: FrozenWeight, made: Change) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(rows, W0, D, W) by blocks of rows."""
+    dense, dtype = weight.dense(), weight.dtype
     for rows in row_blocks(weight.shape):
         old = dense[rows].clone(memory_format=torch.contiguous_format)
         delta = made.delta(rows, old, torch.promote_types(dtype, torch.float32))
         new = (old + delta).to(dtype)
         refuse_overflow(name, new)
-        digest.add(old, new)
-        patches.append(Patch(old, made.origin(rows, new)))
-        blocks.append((rows, old, new))
-        sums += moments(new.to(delta.dtype) - old, delta)
-    biases: Biases = (None, None)
-    if any(update.bias is not None for update in updates):
-        old_bias = host.get_parameter("bias").detach().clone()
-        biases = old_bias, summed_bias(old_bias, updates)
-        refuse_overflow(name, biases[1])
-    report = MergedModule(name, weight.shape, dtype, *kept_and_noise(sums))
-    return (blocks, biases), report, DenseUndo(dtype, digest.value, patches, scales, biases)
+        yield rows, old, delta, new
+
+
+def _summed_bias(name: str, host: nn.Module, updates: tuple[Update, ...]) -> Biases:
+    if all(update.bias is None for update in updates):
+        return None, None
+    old = host.get_parameter("bias").detach().clone()
+    new = summed_bias(old, updates)
+    assert new is not None
+    refuse_overflow(name, new)
+    return old, new
+
+
+@torch.no_grad()
+def sum_dense(name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...]) -> dict[str, Tensor]:
+    """The host's weight, as it is stored, and its bias after a merge that is not done."""
+    made = Change(updates, [update.output_scale(weight, torch.float64) for update in updates])
+    matrix = torch.empty(weight.shape, dtype=weight.dtype, device=weight.parameter.device)
+    for rows, _, _, new in _summed(name, weight, made):
+        matrix[rows] = new
+    stored, bias = weight.as_stored(matrix).contiguous(), _summed_bias(name, host, updates)[1]
+    return {"weight": stored} if bias is None else {"weight": stored, "bias": bias}
 
 
 def _unmerged(name: str, host: nn.Module, weight: FrozenWeight, updates: tuple[Update, ...], undo: DenseUndo) -> Values:

@@ -60,11 +60,7 @@ def merge_replaced(
     """
     assert isinstance(frozen, Quantized)
     into, dtype = how.into, how.dtype or frozen.dtype
-    before = frozen.dense(torch.float32)
-    delta = torch.empty_like(before)
-    made = Change(updates, [update.output_scale(frozen, torch.float64) for update in updates])
-    for rows in row_blocks(frozen.shape):
-        delta[rows] = made.delta(rows, before[rows], torch.float32)
+    before, delta = _change(frozen, updates)
     total = before + delta
     undo = Replaced(frozen.parameter, frozen.attributes(), into=into, merged_class=None if into else nn.Linear)
     bias = host._parameters.get("bias")
@@ -88,6 +84,32 @@ def merge_replaced(
     undo.dtypes = [t.dtype for t in written]
     undo.digest = _digest(written, undo.dtypes)
     return MergedModule(name, frozen.shape, dtype, kept, noise, into), undo
+
+
+def _change(frozen: Quantized, updates: tuple[Update, ...]) -> tuple[Tensor, Tensor]:
+    """W0 and D, in fp32."""
+    before = frozen.dense(torch.float32)
+    delta = torch.empty_like(before)
+    made = Change(updates, [update.output_scale(frozen, torch.float64) for update in updates])
+    for rows in row_blocks(frozen.shape):
+        delta[rows] = made.delta(rows, before[rows], torch.float32)
+    return before, delta
+
+
+@torch.no_grad()
+def sum_replaced(
+    name: str, host: nn.Module, frozen: FrozenWeight, updates: tuple[Update, ...], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The weight and the bias of the plain linear that a merge, which is not done, would put in the host's place."""
+    assert isinstance(frozen, Quantized)
+    dtype = dtype or frozen.dtype
+    before, delta = _change(frozen, updates)
+    found = {"weight": (before + delta).to(dtype)}
+    if (bias := summed_bias(host._parameters.get("bias"), updates)) is not None:
+        found["bias"] = bias.detach().to(dtype)
+    for values in found.values():
+        refuse_overflow(name, values)
+    return found
 
 
 def unmerge_replaced(

@@ -17,6 +17,7 @@ from torch import nn
 from ..bases import is_quantized
 from ..config import LoraConfig
 from ..exact import Undo
+from .askers import refuse_peft, tell_save_pretrained
 
 
 @dataclass(eq=False)
@@ -28,6 +29,7 @@ class Adapter:
     trainable_before: frozenset[str]
     extra: dict[str, Any]  # keys of a loaded adapter_config.json that say nothing to us, kept for saving
     anchor: str = ""  # the full name of its first host, by which the module that it was given to is known again
+    told: bool = False  # that save_pretrained does not write it as it acts
 
 
 class LoraLayer(nn.Module):
@@ -120,6 +122,15 @@ class Adapters(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "classes": set()}  # a class made at run time cannot be pickled
+
+    def named_modules(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Module]]:
+        refuse_peft(self.records)
+        return super().named_modules(*args, **keywords)
+
+    def state_dict(self, *args: Any, **keywords: Any) -> Any:
+        if self.undo is None:
+            tell_save_pretrained(self.records.values())
+        return super().state_dict(*args, **keywords)
 
     def acts(self, host: nn.Module) -> None:
         """Called when others act than before: `terms` are their parts, without effect while `undo` is set."""

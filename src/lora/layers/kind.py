@@ -112,6 +112,13 @@ class Kind(Adapters):
         """The host's tensors that a merge writes to, which nobody else may hold."""
         return []
 
+    def merged(self, name: str, host: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """What a merge of what acts would make of the host's parameters, by their names in it; nothing is written.
+
+        dtype: of a linear that would take a quantized one's place; None: the weight's own.
+        """
+        raise NotImplementedError
+
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         """Fold what acts into the host and set `undo`.
 

@@ -127,6 +127,11 @@ class MatrixKind(Kind):
             tensors.append(host.get_parameter("bias"))
         return tensors
 
+    def merged(self, name: str, host: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        if self.quantized:
+            return exact.sum_replaced(name, host, self.frozen, self.terms, dtype)
+        return exact.sum_dense(name, host, self.frozen, self.terms)
+
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         if self.quantized:
             report, self.undo = exact.merge_replaced(name, host, self.frozen, self.terms, how)

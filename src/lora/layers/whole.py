@@ -196,6 +196,9 @@ class WholeAdapters(Kind):
         base = dict(base_parameters(host))
         return [base[key] for key in self.terms[-1].untied]  # the others' copies are tied as they are
 
+    def merged(self, name: str, host: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {n: parameter.detach() for n, parameter in base_parameters(self.terms[-1].module)}
+
     def merge(self, name: str, host: nn.Module, how: How) -> MergedModule:
         first = self._exchange(host, how)
         self.undo = Undo()  # the host has the copy's values and the copy the host's
