@@ -61,7 +61,7 @@ def test_it_trains_is_saved_and_gives_the_same_on_a_fresh_unet(tmp_path: Path) -
 
 def test_save_pretrained_of_a_unet_says_that_the_adapter_is_left(tmp_path: Path) -> None:
     model = randomize(lora.inject(unet(), r=4, targets=TARGETS))
-    with pytest.warns(lora.LoraWarning, match="save_pretrained: default is not merged"):
+    with pytest.warns(lora.LoraWarning, match="save_pretrained: default will not come back"):
         model.save_pretrained(tmp_path)
     wanted = dict(merged_weights(model))
     lora.merge(model, unload=True)

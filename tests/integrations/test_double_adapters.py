@@ -74,7 +74,7 @@ def test_save_pretrained_says_once_and_by_name_that_the_adapter_will_not_come_ba
     model = ours(name="support")
     if not acts:
         lora.activate(model, None)
-    with pytest.warns(lora.LoraWarning, match="save_pretrained: support is not merged") as told:
+    with pytest.warns(lora.LoraWarning, match="save_pretrained: support will not come back") as told:
         model.save_pretrained(tmp_path)
     assert len(told) == 1
     assert told[0].filename == __file__
@@ -102,7 +102,7 @@ def test_a_second_adapter_is_told_of_too(tmp_path: Path) -> None:
         warnings.simplefilter("ignore", lora.LoraWarning)
         model.save_pretrained(tmp_path)
     lora.inject(model, r=2, targets=["k_proj"], name="second")
-    with pytest.warns(lora.LoraWarning, match="save_pretrained: second is not merged"):
+    with pytest.warns(lora.LoraWarning, match="save_pretrained: second will not come back"):
         model.save_pretrained(tmp_path)
 
 

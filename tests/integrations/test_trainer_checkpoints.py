@@ -129,7 +129,7 @@ def test_what_trains_beside_the_adapters_is_refused_before_the_first_step(tmp_pa
     model = adapted()
     model.lm_head.weight.requires_grad_(True)
     made = trainer(adapters_only(Trainer), model, tmp_path)
-    with pytest.raises(lora.LoraError, match="1 parameters outside its adapters train .*lm_head.weight; name their mod"):
+    with pytest.raises(lora.LoraError, match="1 parameters outside its adapters train .*lm_head.weight; name"):
         made.train()
     assert made.state.global_step == 0
 

@@ -110,9 +110,7 @@ def test_a_resumed_dpo_is_the_unbroken_one(base: Path, tokenizer: Any, tmp_path:
     assert same_adapters(again.model, first.model)
 
 
-def test_dpo_from_an_sft_adapter_has_that_adapter_as_its_reference(
-    base: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_dpo_from_an_sft_adapter_has_that_adapter_as_its_reference(base: Path, tokenizer: Any, tmp_path: Path) -> None:
     lora.save(randomize(policy(base)), tmp_path / "sft")
     model = AutoModelForCausalLM.from_pretrained(base)
     lora.load(model, tmp_path / "sft", name="sft")
@@ -155,7 +153,7 @@ def test_dropout_of_the_adapter_is_off_where_trl_says_so(base: Path, tokenizer: 
 def test_kto_has_no_second_base(base: Path, tokenizer: Any, tmp_path: Path) -> None:
     before = bases_alive()
     data = Dataset.from_list(
-        [{"prompt": p, "completion": c, "label": good} for p, *both in PAIRS for c, good in zip(both, (True, False))]
+        [{"prompt": p, "completion": c, "label": c == good} for p, good, bad in PAIRS for c in (good, bad)]
     )
     trainer = adapters_only(KTOTrainer)(
         model=policy(base), args=arguments(KTOConfig, tmp_path), train_dataset=data, processing_class=tokenizer,
@@ -231,7 +229,10 @@ def test_peft_config_over_an_adapter_is_refused_by_any_trainer(base: Path, token
     data = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in PAIRS])
     model = policy(base)
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    for kind, said in ((SFTTrainer, "PEFT would freeze it"), (adapters_only(SFTTrainer), "peft_config: the model carr")):
+    for kind, said in (
+        (SFTTrainer, "PEFT would freeze it"),
+        (adapters_only(SFTTrainer), "peft_config: the model carr"),
+    ):
         with pytest.raises(lora.LoraError, match=said):
             kind(
                 model=model, args=arguments(SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer,
@@ -247,9 +248,7 @@ def test_peft_config_over_an_adapter_is_refused_by_any_trainer(base: Path, token
         ("default", "reference: adapter 'default' trains, so it would not stay where it is"),
     ],
 )
-def test_a_reference_that_is_none_is_refused(
-    name: str, said: str, base: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_reference_that_is_none_is_refused(name: str, said: str, base: Path, tokenizer: Any, tmp_path: Path) -> None:
     lora.save(policy(base), tmp_path / "sft")
     model = lora.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "sft", name="sft")
     lora.inject(model, r=2, targets=["q_proj"])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import lora
 from conftest import randomize, same_bits, snapshot, tiny_bert, tiny_gpt2, tiny_llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:save_pretrained")  # what it leaves is what is looked at here
 ENDS = {"llama": ["embed_tokens", "lm_head"], "gpt2": ["wte", "lm_head"]}
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 BUILD = {"llama": lambda: tiny_llama(tie_word_embeddings=True), "gpt2": tiny_gpt2}

@@ -53,9 +53,10 @@ def tell_save_pretrained(records: Iterable["Adapter"]) -> None:
         record.told = True
     caller = frame.f_back or frame
     warnings.warn_explicit(
-        f"save_pretrained: {', '.join(record.name for record in new)} is not merged, so from_pretrained will give the "
-        "base without it. lora.save(model, PATH) writes the adapter; lora.merge(model, unload=True) first writes a "
-        "model that has it; lora.integrations.adapters_only(trainer) makes a trainer's checkpoints hold the adapter",
+        f"save_pretrained: {', '.join(record.name for record in new)} will not come back by from_pretrained, which "
+        "gives the base alone. lora.save(model, PATH) writes the adapter; lora.merge(model, unload=True) first "
+        "makes a model that has its effect; lora.integrations.adapters_only(trainer) has a trainer's checkpoints hold "
+        "the adapter alone",
         LoraWarning,
         caller.f_code.co_filename,
         caller.f_lineno,
