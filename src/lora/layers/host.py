@@ -125,7 +125,8 @@ class Adapters(nn.Module):
 
     def named_modules(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Module]]:
         refuse_peft(self.records)
-        return super().named_modules(*args, **keywords)
+        walk: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **keywords)
+        return walk
 
     def state_dict(self, *args: Any, **keywords: Any) -> Any:
         if self.undo is None:
