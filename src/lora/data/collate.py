@@ -31,8 +31,8 @@ class PackingCollator:
 
     Each pack is a row of the batch (packs, longest pack). What parts its rows for transformers' models, with eager,
     sdpa and flex attention, are positions that start again at 0, and that only where there is no attention_mask (one
-    of ones alone would join the rows again) and no cache. Padding is at position 0, so that each of its tokens is a
-    row of its own.
+    of ones alone would join the rows again) and no cache. All padding is at position 0: each token of it is a row of
+    its own.
 
     `flat` is for flash attention, which takes no mask: there the batch is one row (1, all tokens) without padding,
     with the boundaries in `cu_seq_lens_q` and its like. With sdpa one row would cost the square of all packs together.
@@ -57,15 +57,6 @@ class PackingCollator:
             batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
         return batch
-
-
-def real_tokens(batch: dict[str, Any]) -> Tensor:
-    """How many tokens of a batch from either collator are not padding, as a tensor where the batch lies."""
-    if "attention_mask" in batch:
-        return torch.as_tensor(batch["attention_mask"].sum())
-    # Padding is at position 0 up to the end of its pack. So is a last row of one token, which trains nothing.
-    started = batch["position_ids"].flip(-1).cumsum(-1) > 0  # from the end, all from the last row's last token on
-    return torch.as_tensor(started.sum())
 
 
 def padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
