@@ -40,7 +40,7 @@ ROOMS = {
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "integrations": "errors config files bases updates layers resident merging activation saving loading lora",
     "data": "errors",
-    "train": "errors config files bases layers targets data lora",
+    "train": "errors tables config files ops bases layers targets data lora",
     "evaluation": "errors tables data train lora",
     "commands": "errors config files exact data train evaluation lora",
     "cli": "errors commands",
@@ -66,6 +66,7 @@ MAKERS_ELSEWHERE = {
     "train/needs.py": "its optimizers",
     "train/recipe.py": "its optimizers, and the help of a setting",
     "train/quiet.py": "its logger",
+    "train/estimate.py": "the states of its optimizers",
     "commands/train.py": "its remarks when it is imported",
 }
 

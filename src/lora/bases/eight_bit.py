@@ -116,6 +116,10 @@ class EightBit(BitsAndBytes):
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
 
     @classmethod
+    def planned(cls, name: str, shape: tuple[int, int], settings: dict[str, Any] | None = None) -> str:
+        return layout_text(name, shape)
+
+    @classmethod
     def saved_as(cls, settings: dict[str, Any]) -> str | None:
         return "int8" if settings.get("load_in_8bit") else None
 

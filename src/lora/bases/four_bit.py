@@ -25,7 +25,7 @@ from .weight import Stored
 
 FEW = 64
 """Rows up to which bitsandbytes' fused products, which never write the dense weight, are the faster ones."""
-USUAL_BLOCK = 64  # bitsandbytes' default
+USUAL_BLOCK, USUAL_NESTED = 64, 256  # bitsandbytes' defaults
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,11 @@ class FourBit(BitsAndBytes):
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+
+    @classmethod
+    def planned(cls, name: str, shape: tuple[int, int], settings: dict[str, Any] | None = None) -> str:
+        nested = settings is None or settings.get("bnb_4bit_use_double_quant", False)
+        return layout_text(name, shape, USUAL_BLOCK, USUAL_NESTED if nested else 0)
 
     @classmethod
     def saved_as(cls, settings: dict[str, Any]) -> str | None:

@@ -137,6 +137,12 @@ class FrozenWeight(ABC):
         raise NotImplementedError
 
     @classmethod
+    def planned(cls, name: str, shape: tuple[int, int], settings: dict[str, Any] | None = None) -> str:
+        """The `ops.dequantize.Layout`, as text, that one of `loads` gives a weight (out, in); or, where a saved model's
+        `quantization_config` is given, that has."""
+        raise NotImplementedError
+
+    @classmethod
     def saved_as(cls, settings: dict[str, Any]) -> str | None:
         """The quantization that a saved model's `quantization_config` tells of; None: another format's."""
         return None

@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .chat import chat
+from .estimate import estimate
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
@@ -42,3 +43,4 @@ app.command()(chat)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
+app.command()(estimate)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import rehearsal
 from ..ops.dequantize import has_triton
 
 DEVICES = ("cuda",)
@@ -51,7 +52,7 @@ def plan(host: nn.Module, adapters: Any, x: Tensor) -> Plan:
 
 def _why_not_fused(host: nn.Module, adapters: Any, x: Tensor) -> str | None:
     weight = adapters.frozen
-    kind, dtype = x.device.type, weight.compute_dtype(x)
+    kind, dtype = rehearsal.device_type(x), weight.compute_dtype(x)
     if kind not in DEVICES:
         return f"on {kind}"
     if dtype not in DTYPES:
@@ -59,7 +60,7 @@ def _why_not_fused(host: nn.Module, adapters: Any, x: Tensor) -> str | None:
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
     if not adapters.quantized and not weight.dtype == dtype == autocast:  # a quantized one is made in any dtype
         return "autocast over weights of another dtype"
-    if not HAS_TRITON:
+    if not HAS_TRITON and not rehearsal.on_card(x):
         return "triton is not installed"
     if host.training and len({term.dropout for term in adapters.terms}) > 1:
         return "active adapters with different dropout"

@@ -12,6 +12,7 @@
 | recompute, philox | an input made again; a dropout mask made again |
 | frozen_linear, dequantize | the product with a quantized weight; its dense form |
 | scale, row_norms | an output scale; the norms of the rows that DoRA divides by |
+| rehearsal | what stands for the kernels where a step is only rehearsed, on the meta device |
 | offload | checkpoints in pinned host memory, for `prepare` |
 """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from . import rehearsal
 from .call import Call
 from .dispatch import form
 from .recompute import Factors, remake
@@ -20,7 +21,7 @@ def is_plain(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and (torch._C._len_torch_dispatch_stack() == 0 or rehearsal.watched(x))
         and torch._C._get_tracing_state() is None
     )
 

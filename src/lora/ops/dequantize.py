@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from . import rehearsal
 from .library import define
 
 TEXT = re.compile(r"(\w+):(\d+)x(\d+)((?::[1-9]\d*)*)")
@@ -121,6 +122,10 @@ class Packed:
         first = self.parts[0]
         if first.is_cuda and self._launch is None:
             self._launch = self.form.launch(self.parts)
+        if rehearsal.on_card(first):
+            out = first.new_empty(self.form.shape, dtype=dtype)
+            rehearsal.name(rehearsal.DENSE, [out])
+            return out
         if self._launch is None:
             return self.form.dense(self.parts, dtype)
         out = torch.empty(self.form.shape, dtype=dtype, device=first.device)

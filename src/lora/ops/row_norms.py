@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import rehearsal
+
 BLOCK = 2**20  # elements of W0 that are in the wide dtype at a time
 
 
@@ -26,13 +28,14 @@ def row_norms(
         weight: W0 (out, in), any float dtype; pairs: A (r, in), B (out, r) and s, none or many; dtype: what is computed
             in, float32 or float64.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # meta has none
         if not pairs:
             bare: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
             return bare
         P = torch.cat([A.to(dtype) for A, _, _ in pairs])  # (R, in)
         Q = torch.cat([B.to(dtype) * s for _, B, s in pairs], 1)  # (out, R)
-        if weight.is_cuda and dtype == torch.float32 and weight.element_size() <= 4:
+        on_card = weight.is_cuda or rehearsal.on_card(weight)
+        if on_card and dtype == torch.float32 and weight.element_size() <= 4:
             return _norms(weight, P, Q)
         rows = max(1, BLOCK // weight.shape[1])
         blocks = zip(weight.split(rows), Q.split(rows), strict=True)
