@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .chat import chat
+from .data import app as data
 from .estimate import estimate
 from .eval import evaluate
 from .generate import generate
@@ -44,3 +45,4 @@ app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(inspect)
 app.command()(estimate)
+app.add_typer(data, name="data")
