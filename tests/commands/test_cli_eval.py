@@ -224,5 +224,8 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
     assert out.splitlines()[-1] == "base: its head is fresh, so that its labels are chance"
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["adapter"] for row in answers] == labels
+    assert cli("merge", encoder, tmp_path / "adapter", tmp_path / "merged")[0] == 0
+    code, out, _ = cli("eval", tmp_path / "merged", "--data", tmp_path / "rows.tsv")
+    assert (code, [line.split()[-1] for line in out.splitlines()[2:]]) == (0, ["100.00", "100.00"])
     code, _, err = cli("eval", encoder, "--adapter", tmp_path / "adapter", "--task", "tfns", "--task-dir", tmp_path)
     assert (code, err.startswith("error: the model is a classifier")) == (2, True)

@@ -11,7 +11,8 @@ from lora import LoraError
 from lora.data.formats import Example, Message
 from lora.train import generate
 from lora.train.base import load_base, load_tokenizer
-from lora.train.generation import prompt_as_trained, row_prompts, style_as_trained
+from lora.train.generation import row_prompts
+from lora.train.record import kept_record, prompt_as_trained, style_as_trained
 from lora.train.streaming import Pieces
 from tiny_base import save_tiny_base
 
@@ -149,6 +150,13 @@ def test_a_typed_prompt_takes_the_form_of_the_run(tmp_path: Path) -> None:
     assert style_as_trained(tmp_path) == "auto"
     (tmp_path / "run.json").write_text(json.dumps({"format": "alpaca", "template": "inst"}))
     assert style_as_trained(tmp_path) == "inst"
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "lora_merge.json").write_text(json.dumps({"base": "x", "trained": kept_record(tmp_path)}))
+    assert (style_as_trained(merged), prompt_as_trained("Add.", merged)) == (
+        "inst",
+        prompt_as_trained("Add.", tmp_path),
+    )
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(LoraError, match="not the record of a run"):
         prompt_as_trained("Add.", tmp_path)

@@ -37,10 +37,10 @@ def chat(
     lora chat org/base --adapter my-adapter
     """
     from ..train.conversation import Conversation
-    from ..train.generation import style_as_trained
+    from ..train.record import style_as_trained
     from .console import clean_warnings
 
-    style = style_as_trained(adapter)
+    style = style_as_trained(adapter or model)
     base, tokenizer = load_answering(model, adapter, dtype, quantize)
     with clean_warnings():
         talk = Conversation(base, tokenizer, style, system, max_new_tokens, temperature, seed)

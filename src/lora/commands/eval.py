@@ -59,13 +59,13 @@ def evaluate(
     _check(data, task, task_dir, lm_eval, metrics, answers)
 
     from ..evaluation import classifiers, columns, harness, report
-    from ..train.generation import run_record
+    from ..train.record import run_record
     from .console import clean_warnings
 
     names = columns.columns(adapter is not None, merged)
     if lm_eval is not None:
         harness.check_harness()
-    labels = classifiers.labels_of(model, run_record(adapter))
+    labels = classifiers.labels_of(model, run_record(adapter or model))
     sets = _sets(data, task, task_dir, metrics, limit, max_new_tokens, labels)
     base, tokenizer = load_answering(model, adapter, dtype, quantize, labels)
     with clean_warnings(), progress(sum(len(each.prompts or each.rows) for each in sets) * len(names)) as advance:
@@ -118,9 +118,9 @@ def _measure(
     """What measures one set in one column: the labels of a classifier, or the answers of any other model."""
     from ..evaluation import classifiers, columns
     from ..train.classify import stored_labels
-    from ..train.generation import style_as_trained
+    from ..train.record import style_as_trained
 
-    style = style_as_trained(adapter)
+    style = style_as_trained(adapter or model)
     fresh = not stored_labels(model)
 
     def measure_one(given: "EvalSet", column: str) -> "Measured":

@@ -56,17 +56,17 @@ def generate(
 
     from ..data.rows import read_rows
     from ..train import generation
+    from ..train.record import prompt_as_trained, style_as_trained
     from .console import clean_warnings
 
     rows = read_rows(input_file, "input") if input_file is not None else [{"prompt": text} for text in typed]
-    as_trained = generation.prompt_as_trained
-    prompts = [as_trained(text, adapter) for text in typed] or generation.row_prompts(rows)
-    style = generation.style_as_trained(adapter)
+    trained = adapter or model
+    prompts = [prompt_as_trained(text, trained) for text in typed] or generation.row_prompts(rows)
     base, tokenizer = load_answering(model, adapter, dtype, quantize)
     with clean_warnings(), progress(1 if stream else len(prompts)) as advance:
         answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
-            seed=seed, style=style, on_batch=advance, on_text=_Stream().show if stream else None,
+            seed=seed, style=style_as_trained(trained), on_batch=advance, on_text=_Stream().show if stream else None,
         )  # fmt: skip
     if stream:
         typer.echo()

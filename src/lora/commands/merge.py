@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from ..errors import LoraError
+from ..train.record import MERGE_FILE, kept_record
 
 WORST = 5  # modules shown after a merge, those that kept least; a large model has hundreds
-MARK = "lora_merge.json"  # tells a folder of ours, which may be replaced, from anyone else's
 
 
 def merge(
@@ -41,13 +41,18 @@ def merge(
 
     from ..exact import MergeReport
     from ..train.base import load_base, load_tokenizer, pick_dtype
+    from ..train.classify import load_classifier
     from ..train.quiet import quiet
     from .console import clean_warnings
 
-    tokenizer = load_tokenizer(model)
+    tokenizer, trained = load_tokenizer(model), kept_record(adapter)
     with clean_warnings():
         # On the CPU even when it is stored quantized: what comes out is several times as large.
-        merged = load_base(model, "auto" if dtype == "auto" else pick_dtype(dtype), device="cpu")
+        kind = "auto" if dtype == "auto" else pick_dtype(dtype)
+        if labels := trained.get("labels"):
+            merged = load_classifier(model, labels, tokenizer, kind, device="cpu")
+        else:
+            merged = load_base(model, kind, device="cpu")
         lora.load(merged, adapter)
         report = lora.merge(merged, unload=True)
     worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
@@ -58,9 +63,10 @@ def merge(
         tokenizer.save_pretrained(folder)
         record = {
             "base": model, "adapter": str(adapter), "dtype": str(merged.dtype).removeprefix("torch."),
-            "lora": lora.__version__, "files": sorted([MARK, *(file.name for file in folder.iterdir())]),
+            "lora": lora.__version__, "trained": trained,
+            "files": sorted([MERGE_FILE, *(file.name for file in folder.iterdir())]),
         }  # fmt: skip
-        (folder / MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"merged model: {out}")
 
 
@@ -74,7 +80,7 @@ def _check_out(out: Path, sources: list[Path], force: bool) -> None:
             raise LoraError(
                 f"out: {str(out)!r} is or holds {str(source)!r}, which is being merged; give another folder"
             )
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file() and not force:
+    if out.is_dir() and any(out.iterdir()) and not (out / MERGE_FILE).is_file() and not force:
         raise LoraError(
             f"out: {str(out)!r} is not empty and not from an earlier merge; give another folder, or --force to move "
             "what is there aside"
@@ -109,7 +115,7 @@ def _take_place(fresh: Path, out: Path) -> None:
         os.rename(aside, out)
         raise
     try:  # what the merge wrote there, by its own record
-        own = set(json.loads((aside / MARK).read_text(encoding="utf-8"))["files"])
+        own = set(json.loads((aside / MERGE_FILE).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         own = set()
     if {file.name for file in aside.iterdir()} <= own:

@@ -1,10 +1,8 @@
 """Answers from a model, batch by batch, prompted exactly as it was trained."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from ..data.template import PromptTemplate, stop_ids
 from ..errors import LoraError
 from .base import max_positions
 from .quiet import quiet
-from .recipe import RUN_FILE
 from .streaming import Pieces
 
 
@@ -34,34 +31,6 @@ def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:
         except LoraError as error:
             raise LoraError(f"{argument}: row {number}: {error}") from error
     return prompts
-
-
-def run_record(adapter: str | Path | None) -> dict[str, Any]:
-    """What `lora train` recorded of an adapter's run in its run.json; empty where there is none.
-
-    Raises:
-        LoraError: the file is no such record.
-    """
-    file = None if adapter is None else Path(adapter) / RUN_FILE
-    if file is None or not file.is_file():
-        return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise TypeError(f"it holds {type(record).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise LoraError(f"adapter: {str(file)!r} is not the record of a run: {error}; restore or delete it") from error
-    return record
-
-
-def prompt_as_trained(text: str, adapter: str | Path | None) -> Example:
-    """A typed prompt, in the form of the rows that the adapter was trained on where its run.json says which."""
-    return typed_prompt(text, run_record(adapter).get("format"))
-
-
-def style_as_trained(adapter: str | Path | None) -> str:
-    """The template that an adapter was trained with, by its run.json; "auto" where it says none."""
-    return str(run_record(adapter).get("template") or "auto")
 
 
 def generate(
