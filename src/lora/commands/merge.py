@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,19 +40,13 @@ def merge(
     import lora
 
     from ..exact import MergeReport
-    from ..train.base import load_base, load_tokenizer, pick_dtype
-    from ..train.classify import load_classifier
+    from ..train.base import load_tokenizer
     from ..train.quiet import quiet
     from .console import clean_warnings
 
     tokenizer, trained = load_tokenizer(model), kept_record(adapter)
     with clean_warnings():
-        # On the CPU even when it is stored quantized: what comes out is several times as large.
-        kind = "auto" if dtype == "auto" else pick_dtype(dtype)
-        if labels := trained.get("labels"):
-            merged = load_classifier(model, labels, tokenizer, kind, device="cpu")
-        else:
-            merged = load_base(model, kind, device="cpu")
+        merged = _base(model, tokenizer, dtype, trained.get("labels", []))
         lora.load(merged, adapter)
         report = lora.merge(merged, unload=True)
     worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
@@ -68,6 +62,17 @@ def merge(
         }  # fmt: skip
         (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     typer.echo(f"merged model: {out}")
+
+
+def _base(model: str, tokenizer: Any, dtype: str, labels: list[str]) -> Any:
+    """The base that the adapter is for. On the CPU even when it is stored quantized: what comes out is larger."""
+    from ..train.base import load_base, pick_dtype
+    from ..train.classify import load_classifier
+
+    kind = "auto" if dtype == "auto" else pick_dtype(dtype)
+    if labels:
+        return load_classifier(model, labels, tokenizer, kind, device="cpu")
+    return load_base(model, kind, device="cpu")
 
 
 def _check_out(out: Path, sources: list[Path], force: bool) -> None:
