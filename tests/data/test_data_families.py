@@ -7,7 +7,7 @@ import pytest
 from chat_templates import FAMILIES, family
 from lora.data.encode import IGNORED, Encoded, EncodedData, encode_rows
 from lora.data.template import PromptTemplate
-from lora.errors import DataError
+from lora.errors import DataError, LoraError
 
 MADE = {name: family(name) for name in FAMILIES}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
@@ -194,3 +194,36 @@ def test_turns_that_a_template_refuses_name_its_reason() -> None:
     row = turns(("user", "a"), ("user", "b"), ("assistant", "c"))
     with pytest.raises(DataError, match="row 1: .*refuses the turns user/user: Conversation roles must alternate"):
         encode_rows([row], MADE["gemma"], 100)
+
+
+def test_row_fields_reasoning_within_an_answer_that_a_template_takes_off_is_said() -> None:
+    made = family("deepseek")
+    made.tokenizer.chat_template = made.tokenizer.chat_template.replace(
+        "{{ m.content }}", "{{ (m.content or '').split('</think>') | last }}"
+    )
+    row = {"prompt": "q", "completion": "<think>\nHm.\n</think>\n\n42"}
+    data = encode_rows([row], made, 100)
+    assert spans(data.rows[0], made) == ["\n\n42<|endoftext|>"]
+    assert data.lost["thoughts"] == 1
+    assert not encode_rows([row], MADE["llama"], 100).lost
+
+
+def test_tool_rows_for_templates_that_take_arguments_as_text_or_content_in_parts() -> None:
+    made = family("deepseek")
+    made.tokenizer.chat_template = made.tokenizer.chat_template.replace(
+        "{{ m.content }}",
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '>' + c.function.arguments }}{% endfor %}",
+    )
+    [row] = encode_rows([tool_row()], made, 200).rows
+    assert spans(row, made)[0] == '>{"city": "Oslo"}<|endoftext|>'
+    tokenizer = family("deepseek").tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content }}",
+        "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}",
+    )
+    made = PromptTemplate(tokenizer)
+    [row] = encode_rows([TWO], made, 200).rows
+    assert spans(row, made) == OF_TWO["deepseek"][0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(LoraError, match="does not write the answers' texts"):
+        PromptTemplate(tokenizer)

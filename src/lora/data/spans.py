@@ -74,13 +74,24 @@ def _answer(messages: Sequence[Message], tools: Tools, template: PromptTemplate)
         full, [*messages[:-1], _without(last, "reasoning_content")], tools, template
     ):
         lost.add(LOST_THOUGHTS)
-    # Its last words must be there: templates trim an answer, and take a thought off its beginning.
-    if last["content"].strip()[-32:] not in unfenced(text):
-        raise DataError(f"the chat template changes the answer's text, which ends in {last['content'].strip()[-32:]!r}")
+    if _check_written(last["content"], unfenced(text)):
+        lost.add(LOST_THOUGHTS)
     stop = _stop(text, last, template)
     if stop is not None:
         text = text[: text.rindex(stop) + len(stop)]
     return Answer(prompt, text, stop), lost
+
+
+def _check_written(content: str, text: str) -> bool:
+    """Whether the template left a thought out that stands in the answer itself, between <think> and </think>.
+
+    Raises:
+        DataError: the rest of the answer is not there as it was given. Templates trim it, and no more.
+    """
+    thought, _, rest = content.rpartition("</think>")
+    if rest.strip() not in text:
+        raise DataError(f"the chat template changes the answer's text, which ends in {rest.strip()[-32:]!r}")
+    return thought.replace("<think>", "").strip() not in text
 
 
 def _stop(text: str, last: Message, template: PromptTemplate) -> str | None:

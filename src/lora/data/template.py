@@ -13,6 +13,7 @@ from ..errors import DataError, LoraError
 from .formats import Example, Message
 from .specials import fenced
 from .tokens import Tokens
+from .turns import for_template
 
 # auto is chat where the tokenizer has a chat template, else plain. inst is how FinLoRA wrote its prompts.
 STYLES = ("auto", "chat", "plain", "inst")
@@ -46,6 +47,7 @@ class PromptTemplate(Tokens):
         super().__init__(tokenizer)
         self.style = ("chat" if has_chat else "plain") if style == "auto" else style
         self.is_chat = self.style == "chat"
+        self._in_parts = False
         if self.turn_end is None and tokenizer.eos_token_id is None:
             raise LoraError(
                 "the tokenizer has neither an eos_token nor a chat template that ends its turns with a special token, "
@@ -58,7 +60,16 @@ class PromptTemplate(Tokens):
         if not self.is_chat:
             return None
         probe = (Message(role="user", content=_PROBE_QUESTION), Message(role="assistant", content=_PROBE_ANSWER))
-        tail = self.render(probe).rpartition(_PROBE_ANSWER)[2]
+        try:
+            rendered = self.render(probe)
+        except DataError:
+            rendered = ""
+        if _PROBE_ANSWER not in rendered:  # templates of models that see pictures may want content in parts
+            self._in_parts = True
+            rendered = self.render(probe)
+        if _PROBE_ANSWER not in rendered:
+            raise LoraError("the tokenizer's chat template does not write the answers' texts; give template plain")
+        tail = rendered.rpartition(_PROBE_ANSWER)[2]
         found = next((i for i in self._tokenize(tail, special=False) if i in self.special), None)
         return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
@@ -99,22 +110,26 @@ class PromptTemplate(Tokens):
         import jinja2
 
         try:
-            turns = [self._turn(message) for message in messages]
-            offered = fenced(list(tools), self.pattern) or None
-            apply = self.tokenizer.apply_chat_template
-            return str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=add_generation_prompt))
+            try:
+                return self._apply(messages, tools, add_generation_prompt)
+            except TypeError:
+                if not any("tool_calls" in message for message in messages):
+                    raise
+                # DeepSeek's templates take the arguments of a call as text, as APIs write them.
+                return self._apply(messages, tools, add_generation_prompt, arguments_as_text=True)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
             roles = "/".join(message["role"] for message in messages)
             raise DataError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
 
-    def _turn(self, message: Message) -> dict[str, Any]:
-        """The message for the chat template: a thought goes by both names that templates have for it."""
-        turn = dict(fenced(dict(message), self.pattern))
-        if "reasoning_content" in turn:
-            turn["thinking"] = turn["reasoning_content"]
-        return turn
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], open_answer: bool, **form: bool
+    ) -> str:
+        turns = [for_template(message, self.pattern, in_parts=self._in_parts, **form) for message in messages]
+        offered = fenced(list(tools), self.pattern) or None
+        apply = self.tokenizer.apply_chat_template
+        return str(apply(turns, tools=offered, tokenize=False, add_generation_prompt=open_answer))
 
     def _wrapped(self, message: Message) -> str:
         if message["role"] == "assistant":

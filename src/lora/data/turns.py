@@ -1,12 +1,14 @@
 """Turns of a conversation as people write them, in one form: roles, content parts, tool calls, thoughts, marks."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from ..errors import DataError
 from .sound import shown
+from .specials import fenced
 
 
 class _Turn(TypedDict):
@@ -170,6 +172,25 @@ def _tool_call(call: Any) -> dict[str, Any]:
         raise DataError(f"the arguments of the tool call {function['name']!r} are {shown(arguments)}; give an object")
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
     return read if call.get("id") is None else {"id": str(call["id"]), **read}
+
+
+def for_template(
+    message: Message, pattern: re.Pattern[str] | None, *, in_parts: bool = False, arguments_as_text: bool = False
+) -> dict[str, Any]:
+    """The message as a chat template takes it, special tokens in its texts fenced.
+
+    A thought goes by both names that templates have for it. `in_parts` makes the content a list of one text part,
+    `arguments_as_text` writes the arguments of tool calls as JSON text.
+    """
+    turn: dict[str, Any] = fenced(dict(message), pattern)
+    if "reasoning_content" in turn:
+        turn["thinking"] = turn["reasoning_content"]
+    if in_parts:
+        turn["content"] = [{"type": "text", "text": turn["content"]}]
+    if arguments_as_text:
+        for call in turn.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return turn
 
 
 def read_tools(value: Any, field: str) -> tuple[dict[str, Any], ...]:
