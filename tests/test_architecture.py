@@ -42,7 +42,7 @@ ROOMS = {
     "data": "errors",
     "train": "errors tables config files ops bases layers targets data lora",
     "evaluation": "errors tables data train lora",
-    "commands": "errors config files exact data train evaluation lora",
+    "commands": "errors tables config files exact data train evaluation lora",
     "cli": "errors commands",
 }
 FILES_IN_ROOT = 15
@@ -67,6 +67,7 @@ MAKERS_ELSEWHERE = {
     "train/recipe.py": "its optimizers, and the help of a setting",
     "train/quiet.py": "its logger",
     "train/estimate.py": "the states of its optimizers",
+    "train/health.py": "whether it is there",
     "commands/train.py": "its remarks when it is imported",
 }
 

@@ -116,6 +116,13 @@ class EightBit(BitsAndBytes):
         return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
 
     @classmethod
+    def sample(cls, name: str, inputs: int, outputs: int) -> nn.Module:
+        from bitsandbytes.nn import modules
+
+        made: Any = modules.Linear8bitLt
+        return made(inputs, outputs, bias=False, has_fp16_weights=False)  # type: ignore[no-any-return]
+
+    @classmethod
     def planned(cls, name: str, shape: tuple[int, int], settings: dict[str, Any] | None = None) -> str:
         return layout_text(name, shape)
 

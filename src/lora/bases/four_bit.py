@@ -173,6 +173,13 @@ class FourBit(BitsAndBytes):
         )
 
     @classmethod
+    def sample(cls, name: str, inputs: int, outputs: int) -> nn.Module:
+        from bitsandbytes.nn import modules
+
+        made: Any = modules.Linear4bit
+        return made(inputs, outputs, bias=False, quant_type=name)  # type: ignore[no-any-return]
+
+    @classmethod
     def planned(cls, name: str, shape: tuple[int, int], settings: dict[str, Any] | None = None) -> str:
         nested = settings is None or settings.get("bnb_4bit_use_double_quant", False)
         return layout_text(name, shape, USUAL_BLOCK, USUAL_NESTED if nested else 0)

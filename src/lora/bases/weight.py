@@ -143,6 +143,11 @@ class FrozenWeight(ABC):
         raise NotImplementedError
 
     @classmethod
+    def sample(cls, name: str, inputs: int, outputs: int) -> nn.Module:
+        """A linear of random values that becomes one of `loads` when it moves to a device."""
+        raise NotImplementedError
+
+    @classmethod
     def saved_as(cls, settings: dict[str, Any]) -> str | None:
         """The quantization that a saved model's `quantization_config` tells of; None: another format's."""
         return None

@@ -7,11 +7,13 @@ import typer
 from .. import __version__
 from .chat import chat
 from .data import app as data
+from .doctor import doctor
 from .estimate import estimate
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 from .merge import merge
+from .sweep import sweep
 from .train import train
 
 # Plain help pages: rich's panels cost 0.12 s of the half second that `--help` may take.
@@ -46,3 +48,5 @@ app.command()(merge)
 app.command()(inspect)
 app.command()(estimate)
 app.add_typer(data, name="data")
+app.command()(doctor)
+app.command()(sweep)

@@ -14,6 +14,7 @@ from .settings import check_cost, config_of
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?")
 
+_CHECKED = {True: "verified", False: "wrong", None: "not recorded"}
 _CHECKSUM = {True: "verified", False: "WRONG, the file was damaged; copy it again", None: "not recorded"}
 
 
@@ -30,6 +31,14 @@ class Target:
     @property
     def parameters(self) -> int:
         return self.modules * sum(half.size for half in (self.a, self.b) if half is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        halves = {"A" if self.b else "tensor": self.a, "B": self.b}
+        shapes = {name: {"shape": list(half.shape), "dtype": half.dtype} for name, half in halves.items() if half}
+        return {
+            "name": self.name, "modules": self.modules, **shapes, "scaling": self.scaling,
+            "parameters": self.parameters,
+        }  # fmt: skip
 
 
 @dataclass
@@ -71,6 +80,15 @@ class Description:
         lines += [f"INCOMPLETE: {clip(module, 200)} has only one of A and B" for module in self.incomplete]
         return "\n".join(lines)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same, for JSON."""
+        return {
+            "targets": [target.as_dict() for target in self.targets],
+            "others": [other.as_dict() for other in self.others],
+            "parameters": self.parameters, "bytes": self.file.nbytes, "checksum": _CHECKED[self.file.verified],
+            "incomplete": self.incomplete, "damaged": self.damaged, "settings": self.file.config,
+        }  # fmt: skip
+
     def _settings(self) -> str:
         config, found = self.file.config, config_of(self.file.config, CONFIG_FILE)
         parts = [f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout', 0)}"]
@@ -110,7 +128,7 @@ def _description(file: AdapterFile) -> Description:
             halves.setdefault(match["module"], {})[match["half"]] = entry
     check_cost(config, list(halves), where)
     incomplete = sorted(module for module, pair in halves.items() if len(pair) == 1)
-    for module in sorted(halves.keys() - set(incomplete), key=_natural):
+    for module in sorted(halves.keys() - set(incomplete), key=natural):
         a, b = halves[module]["A"], halves[module]["B"]
         found = clip(starred(module), 200), a, b, _scaling(module, a, config)
         targets.setdefault(found, Target(*found)).modules += 1
@@ -123,6 +141,6 @@ def _scaling(module: str, a: Entry, config: LoraConfig) -> float | None:
     return scaling(module, config.alpha, config.alpha_pattern, a.shape[0], config.rslora) if a.shape[0] else None
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")]

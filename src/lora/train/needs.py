@@ -28,10 +28,10 @@ def check_needs(recipe: Recipe) -> None:
     if recipe.liger and not gpu:
         raise LoraError("liger: its kernels run on a GPU, and there is none; leave it out")
     if recipe.optimizer != "adamw":
-        _check_optimizer(recipe.optimizer, gpu)
+        check_optimizer(recipe.optimizer, gpu)
 
 
-def _check_optimizer(name: str, gpu: bool) -> None:
+def check_optimizer(name: str, gpu: bool) -> None:
     """One step on zeros: which devices bitsandbytes has optimizers for differs by its version and how it was built."""
     require_bitsandbytes(f"optimizer is {name!r}")
     if name == "paged_adamw" and not gpu:
