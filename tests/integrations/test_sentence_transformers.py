@@ -42,6 +42,7 @@ def made(base: str, model: SentenceTransformer, folder: Path) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_adapter_and_go_on(base: str, tmp_path: Path) -> None:
     first = made(base, encoder(base), tmp_path / "first")
     first.train()

@@ -46,6 +46,7 @@ def test_a_resumed_run_has_the_losses_and_the_adapter_of_the_unbroken_one(
     assert same_adapters(again.model, first.model)
 
 
+@pytest.mark.slow
 def test_true_resumes_from_the_newest_checkpoint(tmp_path: Path) -> None:
     trainer(adapters_only(Trainer), adapted(), tmp_path).train()
     again = trainer(adapters_only(Trainer), adapted(), tmp_path, max_steps=6)
@@ -89,6 +90,7 @@ def test_save_model_writes_the_adapter_for_lora_load(unbroken: tuple[Any, Path],
     assert torch.equal(fresh(ids).logits, made.model.eval()(ids).logits)
 
 
+@pytest.mark.slow
 def test_without_adapters_a_trainer_writes_what_it_always_does(tmp_path: Path) -> None:
     model = wide_llama()
     made = trainer(adapters_only(Trainer), model, tmp_path, max_steps=2)
@@ -100,6 +102,7 @@ def test_without_adapters_a_trainer_writes_what_it_always_does(tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:save_pretrained")
+@pytest.mark.slow
 def test_a_checkpoint_of_before_with_the_whole_model_is_resumed(tmp_path: Path) -> None:
     first = trainer(Trainer, adapted(), tmp_path)
     first.train()

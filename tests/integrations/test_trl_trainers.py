@@ -101,6 +101,7 @@ def test_dpo_has_no_second_base_and_starts_at_ln_2(base: Path, tokenizer: Any, t
     assert not [file for file in names(tmp_path / "checkpoint-1") if file.startswith("model")]
 
 
+@pytest.mark.slow
 def test_a_resumed_dpo_is_the_unbroken_one(base: Path, tokenizer: Any, tmp_path: Path) -> None:
     first = dpo(policy(base), tokenizer, tmp_path / "first", max_steps=3)
     first.train()
@@ -126,12 +127,14 @@ def test_dpo_from_an_sft_adapter_has_that_adapter_as_its_reference(base: Path, t
         dpo(model, tokenizer, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_dpo_keeps_precomputed_answers_of_its_reference(base: Path, tokenizer: Any, tmp_path: Path) -> None:
     trainer = dpo(policy(base), tokenizer, tmp_path, precompute_ref_log_probs=True)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_plain_dpo_trainer_takes_the_reference_as_its_ref_model(base: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = policy(base)
     trainer = DPOTrainer(
@@ -168,7 +171,10 @@ def rewards(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
-@pytest.mark.parametrize(("kind", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(GRPOTrainer, GRPOConfig), pytest.param(RLOOTrainer, RLOOConfig, marks=pytest.mark.slow)],
+)
 def test_grpo_and_rloo_have_no_second_base_for_their_kl(
     kind: type, config: type, base: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
