@@ -40,7 +40,7 @@ ROOMS = {
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "integrations": "errors config files bases updates layers resident merging activation saving loading lora",
     "data": "errors",
-    "train": "errors tables config files ops bases layers targets data lora",
+    "train": "errors tables config files ops bases layers targets saving data lora",
     "evaluation": "errors tables data train lora",
     "commands": "errors tables config files exact data train evaluation lora",
     "cli": "errors commands",

@@ -42,6 +42,15 @@ class CheckError(LoraError):
     exit_code = 6
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that a signal ended; the message says what was kept. `exit_code` is the shell's: 130 for Ctrl-C."""
+
+    def __init__(self, number: int, message: str = "stopped") -> None:
+        super().__init__(message)
+        self.number = int(number)
+        self.exit_code = 128 + self.number
+
+
 class LoraWarning(UserWarning):
     """A choice or a loss that the caller should know of."""
 

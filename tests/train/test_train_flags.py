@@ -12,6 +12,7 @@ from lora.commands import app
 from lora.commands.flags import parsed
 from lora.config import SETTINGS
 from lora.train import Recipe, load_recipe
+from lora.train import adapted as adapted_module
 from lora.train import job as job_module
 
 TYPED: dict[str, tuple[list[str], Any]] = {
@@ -37,10 +38,10 @@ DEFAULTS = {"r": 16, "targets": "all-linear", "alpha": 32}
 def injected(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> LoraConfig:
     """What the trainer gives to lora.inject."""
     given: list[LoraConfig] = []
-    monkeypatch.setattr(job_module, "load_base", lambda *_: object())
+    monkeypatch.setattr(adapted_module, "load_base", lambda *_: object())
     monkeypatch.setattr(lora, "inject", lambda model, config: given.append(config))
     monkeypatch.setattr(lora, "prepare", lambda model, checkpointing: model)
-    job_module._adapted(recipe)
+    adapted_module.adapted(recipe)
     return given[0]
 
 

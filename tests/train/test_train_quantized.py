@@ -22,9 +22,13 @@ from lora.data.collate import PaddingCollator
 from lora.data.encode import encode_rows
 from lora.data.template import PromptTemplate
 from lora.train import Recipe, load_recipe, run, trainer
+from lora.train import adapted as adapted_module
 from lora.train import job as job_module
 from lora.train import needs as needs_module
+from lora.train import rows as rows_module
+from lora.train.adapted import adapted
 from lora.train.base import load_base
+from lora.train.length import Length
 from lora.train.quiet import quiet
 from tiny_base import save_tiny_base
 
@@ -79,8 +83,8 @@ def recipe(base: Path, tmp_path: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("load_base", "load_tokenizer", "read_rows"):
-        monkeypatch.setattr(job_module, name, lambda *_, **__: pytest.fail("something was loaded first"))
+    for module, name in ((adapted_module, "load_base"), (job_module, "load_tokenizer"), (rows_module, "read_rows")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something was loaded first"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -259,9 +263,10 @@ def test_an_optimizer_that_cannot_run_is_told_before_anything_is_loaded(
 
 
 def test_what_transformers_is_told(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    paged = trainer.arguments(recipe(optimizer="paged_adamw", liger=True), str(tmp_path), False)
+    length = Length(4, 2, 0, 1)
+    paged = trainer.arguments(recipe(optimizer="paged_adamw", liger=True), length, tmp_path)
     assert (paged.optim, paged.use_liger_kernel) == ("paged_adamw_32bit", True)
-    assert not trainer.arguments(recipe(), str(tmp_path), False).use_liger_kernel
+    assert not trainer.arguments(recipe(), length, tmp_path).use_liger_kernel
 
 
 @pytest.mark.parametrize(
@@ -286,7 +291,7 @@ def test_prepare_is_told_of_the_checkpoints(
         return model
 
     monkeypatch.setattr(lora, "prepare", prepare)
-    job_module._adapted(recipe(quantize="nf4", **changes))
+    adapted(recipe(quantize="nf4", **changes))
     assert told == [expected]
 
 

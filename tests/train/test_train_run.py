@@ -1,17 +1,14 @@
 """Whole runs on a tiny base: what is written, what stays, and what stops them."""
 
-import io
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora
@@ -19,10 +16,9 @@ from lora import LoraError
 from lora.data.collate import PaddingCollator
 from lora.data.encode import IGNORED, encode_rows
 from lora.data.template import PromptTemplate
-from lora.errors import NonFiniteError
 from lora.train import Recipe, load_recipe, run
 from lora.train import job as job_module
-from lora.train.trainer import LoraTrainer
+from lora.train.base import load_base
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]
@@ -80,6 +76,8 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
     assert sorted(path.name for path in result.out.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checkpoints",
+        "metrics.jsonl",
         "recipe.yaml",
         "run.json",
     ]
@@ -121,7 +119,7 @@ def test_accumulated_batches_weigh_every_token_alike(recipe: Callable[..., Recip
 def test_the_first_loss_is_the_bases_own_on_the_completions(recipe: Callable[..., Recipe], base: Path) -> None:
     first = run(recipe(max_steps=1, batch_size=12, log_every=1)).metrics["loss"]
     tokenizer = job_module.load_tokenizer(str(base))
-    model = job_module.load_base(str(base), torch.float32)
+    model = load_base(str(base), torch.float32)
     total = count = 0.0
     for row in encode_rows(ROWS, PromptTemplate(tokenizer), 128).rows:
         ids = torch.tensor([row["input_ids"]])
@@ -136,7 +134,7 @@ def test_eval_loss_is_that_of_the_saved_adapter(recipe: Callable[..., Recipe], b
     held_out = write_rows([{"prompt": "count 3", "completion": "0 1 2"}], "held.jsonl")
     plan = recipe(eval_data=held_out)
     metrics = run(plan).metrics
-    model = job_module.load_base(str(base), torch.float32)
+    model = load_base(str(base), torch.float32)
     lora.load(model, plan.out)
     template = PromptTemplate(job_module.load_tokenizer(str(base)))
     batch = PaddingCollator(0)(encode_rows([{"prompt": "count 3", "completion": "0 1 2"}], template, 128).rows)
@@ -165,92 +163,6 @@ def test_the_adapters_settings_reach_its_config(recipe: Callable[..., Recipe]) -
     assert (config["use_rslora"], config["modules_to_save"]) == (True, ["model.norm"])
     # Engines read lora_alpha as a whole number; 4.0 in the file is none.
     assert (config["lora_alpha"], type(config["lora_alpha"])) == (4, int)
-
-
-class BreaksAt(nn.Module):
-    """Stands in for the loss function: at one call the loss, or only its gradient, is not a number."""
-
-    def __init__(self, model: nn.Module, call: int, what: str) -> None:
-        super().__init__()
-        self.calls, self.call, self.what = 0, call, what
-        self.forward_of = model.forward
-        model.forward = self.forward  # type: ignore[method-assign]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.forward_of(*args, **kwargs)
-        self.calls += 1
-        if self.calls == self.call:
-            if self.what == "loss":
-                output.loss = output.loss * math.nan
-            else:  # sqrt has an infinite slope at 0, and 0 * inf is NaN in the backward only
-                output.loss = output.loss + (output.logits * 0).sum().sqrt()
-        return output
-
-
-def break_at(monkeypatch: pytest.MonkeyPatch, call: int, what: str) -> None:
-    load = job_module.load_base
-
-    def broken(*args: Any) -> Any:
-        model = load(*args)
-        BreaksAt(model, call, what)
-        return model
-
-    monkeypatch.setattr(job_module, "load_base", broken)
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_nan_stops_the_run_and_the_last_good_adapter_is_kept(
-    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    good = tensors(run(recipe(max_steps=2, out=recipe().out + "-good")).out)
-    break_at(monkeypatch, 3, what)
-    plan = recipe(max_steps=10)
-    with pytest.raises(
-        NonFiniteError, match=rf"step 3: the {what}.* is nan.* after step 2 is in .*lower lr|Lower lr"
-    ) as e:
-        run(plan)
-    assert e.value.step == 3
-    assert isinstance(e.value, LoraError)
-    assert same(tensors(plan.out), good)
-    record = json.loads((Path(plan.out) / "run.json").read_text())
-    assert record["stopped"].startswith("step 3")
-    assert record["metrics"]["steps"] == 2
-
-
-def test_a_nan_inside_an_accumulated_step_stops_it(
-    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_at(monkeypatch, 3, "loss")
-    with pytest.raises(NonFiniteError, match="step 2"):
-        run(recipe(grad_accum=2))
-
-
-def test_a_nan_in_the_first_step_saves_nothing(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    break_at(monkeypatch, 1, "loss")
-    plan = recipe()
-    with pytest.raises(NonFiniteError, match="step 1: the loss is nan.*Nothing was saved"):
-        run(plan)
-    assert not Path(plan.out).exists()
-
-
-def test_ctrl_c_keeps_what_was_trained(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
-    good = tensors(run(recipe(max_steps=2, out=recipe().out + "-good")).out)
-    step = LoraTrainer.training_step
-    calls: list[int] = []
-
-    def interrupted(self: Any, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(LoraTrainer, "training_step", interrupted)
-    plan = recipe()
-    told = Console(record=True, file=io.StringIO(), width=500)
-    with pytest.raises(KeyboardInterrupt):
-        run(plan, console=told)
-    assert same(tensors(plan.out), good)
-    assert f"The adapter as it was after step 2 is in '{plan.out}'" in told.export_text()
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,8 @@ def preview(
 
 def _longest(model: str) -> int:
     from ..train.base import load_config, max_positions
-    from ..train.defaults import LONGEST
 
-    return min(max_positions(load_config(model)) or LONGEST, LONGEST)
+    return min(max_positions(load_config(model)) or 2048, 2048)
 
 
 def _show(seen: "Preview", count: int) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraError
 from .adapter import CHUNK, CONFIG_DIGEST, REPLACES, SETTINGS, AdapterFile, reading
 from .commit import locked, replaced_together, sweep, told
-from .header import BLANK, CONFIG_FILE, TENSOR_FILE, Entry, header_bytes
+from .header import CONFIG_FILE, TENSOR_FILE
 from .settings import config_digest
+from .tensors import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,31 +46,11 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, "Tensor"],
             with replaced_together(*order) as temporary:
                 for file, new in zip(order, temporary, strict=True):
                     if file == files[0]:
-                        _write_tensors(new, tensors, header)
+                        write_tensors(new, tensors, header)
                     else:
                         new.write_text(text, encoding="utf-8")
             for file in files if alone else ():
                 sweep(file, "old")  # a save of an earlier version that was ended kept the old files so
-
-
-def _write_tensors(file: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    import torch
-
-    # The order of safetensors' own writer, in which each tensor's place is a multiple of its elements' size.
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    kinds = {key: str(tensors[key].dtype).removeprefix("torch.") for key in order}
-    header = header_bytes({key: Entry(kinds[key], tuple(tensors[key].shape)) for key in order}, metadata)
-    digest = hashlib.sha256(header)
-    with file.open("wb") as opened:
-        opened.write(header)
-        for key in order:
-            # A copy: what is hashed is what is written, whoever trains on meanwhile.
-            values = tensors[key].detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy().data
-            opened.write(values)
-            digest.update(values)
-            del values  # before the next one is copied
-        opened.seek(header.index(BLANK.encode()))
-        opened.write(digest.hexdigest().encode())
 
 
 def _digest_of(file: Path) -> str:

@@ -126,6 +126,10 @@ class Evaluations(RunCallback):
             )
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """To be called however the training ended."""
         self._samples.close()
 
     def _evaluate(self, model: Any, step: int, note: str = "") -> float:

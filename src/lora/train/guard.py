@@ -1,43 +1,60 @@
-"""A step whose loss or gradient is not finite is not taken."""
+"""A step whose loss or gradient is not finite is not taken, and too many in a row end the run."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
 
 from ..errors import NonFiniteError
-from .steps import RunCallback, Step
+from .steps import Step
+
+_SHOWN = 8  # rows that a message names
 
 
-class Guard(TrainerCallback):
-    """Checks each step before the optimizer takes it, and tells the others of it once it was taken."""
+@dataclass
+class Guard:
+    """Looks at each step before the optimizer does.
 
-    def __init__(self, told: Sequence[RunCallback]) -> None:
-        self.told = told
-        self._micro: list[Tensor] = []
-        self._step: Step | None = None
+    most: bad steps in a row that end the run. say: tells the user. in_a_row, skipped: bad steps since the last good
+    one, and in all.
+    """
 
-    def add(self, loss: Tensor, tokens: Tensor, trained: Tensor) -> None:
-        """One forward and backward pass: its share of the step's loss, and its tokens. No device sync."""
-        self._micro.append(torch.stack([loss.detach().double(), tokens.to(loss.device), trained.to(loss.device)]))
+    most: int
+    say: Callable[[str], None] = lambda text: None
+    in_a_row: int = 0
+    skipped: int = 0
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        model: torch.nn.Module = kwargs["model"]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        numbers = torch.stack(self._micro).sum(0)
-        self._micro.clear()
-        loss, tokens, trained, gradient = torch.cat([numbers, norm.to(numbers)[None]]).tolist()  # one sync for all
-        number = state.global_step + 1
-        for name, value in (("loss", loss), ("gradient's norm", gradient)):
-            if not math.isfinite(value):
-                raise NonFiniteError(f"step {number}: the {name} is {value}, so the run was stopped before it", number)
-        lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self._step = Step(number, loss, gradient, lr, int(tokens), int(trained))
+    def passes(self, step: Step, rows: list[int]) -> bool:
+        """Whether a step may be taken; what is wrong with it is said, with the rows that it had.
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        assert self._step is not None
-        for each in self.told:
-            each.on_step(self._step)
+        Raises:
+            NonFiniteError: it is the last that may be bad.
+        """
+        numbers = {"loss": step.loss, "gradient's norm": step.grad_norm}
+        wrong = next((f"the {name} is {value}" for name, value in numbers.items() if not math.isfinite(value)), None)
+        if wrong is None:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.skipped += 1
+        shown = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        where = f"step {step.number}: {wrong} (rows {shown} of the encoded data)"
+        if self.in_a_row >= self.most:
+            times = f", the {self.in_a_row}th time in a row" if self.in_a_row > 1 else ""
+            raise NonFiniteError(f"{where}{times}, so the run was stopped before it", step.number)
+        self.say(f"{where}: these rows are left out, and the step is taken with the next ones")
+        return False
+
+
+def gradient_norm(model: torch.nn.Module, most: float) -> tuple[Tensor, Callable[[], None]]:
+    """The norm of all gradients, and what clips them to `most` by it (nothing for 0)."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip() -> None:
+        if most > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+
+    return norm, clip

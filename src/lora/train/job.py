@@ -1,32 +1,40 @@
 """The order of a run: place, needs, rows, model, training, and what is written at the end."""
 
-import json
-from dataclasses import dataclass
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 
 import lora
 
-from ..bases import weight_of
-from ..data.encode import EncodedData, encode_rows
-from ..data.rows import read_rows
-from ..data.template import PromptTemplate
-from ..errors import LoraError, NonFiniteError
-from ..files.commit import replaced
-from ..files.fingerprint import quantization
-from ..layers.host import base_modules
-from .base import check_quantization, load_base, load_tokenizer, pick_dtype
+from ..errors import LoraError, LoraWarning, NonFiniteError, OutOfMemoryError, Stopped
+from . import finish, place, resume
+from .adapted import adapted, collator
+from .base import check_quantization, load_tokenizer, pick_dtype
 from .base_facts import read_facts
-from .checks import check_out
-from .defaults import LONGEST, resolved
-from .needs import check_liger, check_needs
-from .recipe import RECIPE_FILE, RUN_FILE, Recipe
-from .trainer import train
-from .watch import Watch
+from .checkpoints import Checkpoints, Identity
+from .defaults import resolved
+from .feed import Feed, digest
+from .fit import largest_batch
+from .guard import Guard
+from .length import Length
+from .looks import Looks
+from .memory_retry import ADVICE, MicroBatches, out_of_memory
+from .needs import check_needs
+from .quiet import quiet
+from .recipe import RECIPE_FILE, Recipe
+from .rows import RunRows, run_rows
+from .signals import Signals, StopAtStep, resume_command
+from .trackers import check_trackers
+from .trainer import LoraTrainer
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -34,96 +42,203 @@ class Result:
     """Where the adapter lies, and the run's numbers.
 
     metrics: `loss` (mean of the last `log_every` steps), `seconds`, `tokens`, `tokens_per_second`, `steps`,
-    `trainable_parameters`, and `eval_loss` when there was eval_data.
+    `trainable_parameters`, and `eval_loss` when there were held-out rows. lines: what else there is to tell.
     """
 
     out: Path
     metrics: dict[str, float]
+    lines: list[str] = field(default_factory=list)
 
 
-def run(recipe: Recipe, *, force: bool = False, console: Console | None = None) -> Result:
+def run(
+    recipe: Recipe, *, force: bool = False, resume: str = "none", resume_without: Sequence[str] = (),
+    console: Console | None = None,
+) -> Result:  # fmt: skip
     """Trains an adapter as the recipe says and saves it, with the recipe and the run's numbers beside it.
 
-    Nothing but the adapter is written, and it is written once, at the end. When the loss stops being a finite
-    number, or on Ctrl-C, the adapter of the last good step is saved.
+    The adapter is written once, at the end. On the way, what a resume needs is saved in `<out>/checkpoints`, also when
+    the run is interrupted, runs out of memory, or meets losses that are not finite.
 
     Args:
         recipe: what to do.
-        force: replace an adapter that is already in `recipe.out`.
-        console: where to show progress; None shows nothing.
+        force: replace an adapter that is already in `recipe.out`, once the new one is finished.
+        resume: "auto" goes on from the newest whole checkpoint in `recipe.out`; a checkpoint's folder from that one.
+        resume_without: parts of it that may be missing: "optimizer", "scheduler", "random", "metrics".
+        console: where to show progress; None shows nothing, and what must be known is a warning.
 
     Raises:
         LoraError: anything wrong with the model, the data or the settings, before the first step.
-        NonFiniteError: the loss or its gradient became NaN or infinite; the message says at which step.
+        NonFiniteError: the loss or its gradient was NaN or infinite, `max_bad_steps` times in a row.
+        OutOfMemoryError: not even one row at a time fits into memory.
+        CheckError: the run has changed nothing.
+        Stopped: a `KeyboardInterrupt`: Ctrl-C, SIGTERM or SIGHUP.
     """
-    facts = read_facts(recipe.model)
-    recipe = resolved(recipe, facts).recipe
-    out = check_out(recipe, force, facts)
-    check_needs(recipe)
-    check_quantization(recipe.model, recipe.quantize)
-    console = console or Console(quiet=True)
-    transformers.set_seed(recipe.seed)
-    template = PromptTemplate(load_tokenizer(recipe.model))
-    length = recipe.max_length or LONGEST
-    data = encode_rows(read_rows(recipe.data), template, length)
-    console.print(f"data: {data}", highlight=False)
-    held_out = None
-    if recipe.eval_data is not None:
-        held_out = encode_rows(read_rows(recipe.eval_data, "eval_data"), template, length, "eval_data")
-        console.print(f"eval_data: {held_out}", highlight=False)
-    recipe = resolved(recipe, facts, len(data.rows)).recipe
-    model = _adapted(recipe)
-    watch = Watch(console, recipe.log_every)
-    try:
-        train(recipe, model, template, data, held_out, watch)
-    except (NonFiniteError, KeyboardInterrupt) as error:
-        kept = "Nothing was saved"
-        if watch.steps > 0 and _finite(model):
-            _save(recipe, model, out, data, watch, stopped=str(error) or "interrupted")
-            kept = f"The adapter as it was after step {watch.steps} is in {str(out)!r}"
-        if isinstance(error, NonFiniteError):
+    signals = Signals()
+    with signals.listening(), place.taken(Path(recipe.out), force, resume) as where:
+        return _finished(where, resume) or _Job(recipe, where, signals, force, console).run(resume, resume_without)
+
+
+class _Job:
+    """One run, from its needs to its record."""
+
+    def __init__(
+        self, recipe: Recipe, where: place.Place, signals: Signals, force: bool, console: Console | None
+    ) -> None:
+        self.recipe, self.where, self.signals, self.force = recipe, where, signals, force
+        self.looks = Looks(recipe, where, console or Console(quiet=True))
+        self.say: Say = _warn if console is None else self.looks.watch.say
+
+    def run(self, wanted: str, without: Sequence[str]) -> Result:
+        facts = read_facts(self.recipe.model)
+        self.recipe = recipe = resolved(self.recipe, facts).recipe
+        check_needs(recipe)
+        check_trackers(recipe.track)
+        check_quantization(recipe.model, recipe.quantize)
+        found = resume.find(self.where, wanted, without, self.say)
+        resume.check_replaces(found, self.where, self.force)
+        transformers.set_seed(recipe.seed)
+        rows = run_rows(recipe, load_tokenizer(recipe.model), self.looks.watch.say)
+        self.recipe = recipe = resolved(self._fitted(rows, found), facts, len(rows.items)).recipe
+        length = Length.of(recipe, len(rows.items))
+        dtype, data = str(pick_dtype(recipe.dtype)).removeprefix("torch."), digest(rows.items)
+        held_out = digest(rows.measured) if rows.measured else None
+        if found is not None:
+            resume.compare(found, recipe, data, held_out, dtype)
+        model = adapted(recipe, rows.names, rows.tokenizer)
+        identity = found.identity if found is not None else Identity(
+            secrets.token_hex(8), time.time(), self.force, data, held_out, dtype, finish.trained_digest(model)
+        )  # fmt: skip
+        trainer, saver = self._trainer(model, rows, length, identity, found)
+        if found is None or not resume.is_over(found):
+            self._train(trainer, saver)
+        return self._finish(trainer, saver, rows)
+
+    def _fitted(self, rows: RunRows, found: resume.Found | None) -> Recipe:
+        """The recipe with the batch that fits into memory, where that is asked for; a resume has found it before."""
+        if not self.recipe.fit:
+            return self.recipe
+        if found is not None:
+            batch = {name: found.state["recipe"][name] for name in ("batch_size", "grad_accum")}
+            return self.recipe.model_copy(update=batch)
+        longest = max(len(row["input_ids"]) for row in rows.encoded.rows)
+        fitted = largest_batch(self.recipe, longest=None if self.recipe.packing else longest)
+        self.looks.watch.say(str(fitted))
+        return fitted.recipe(self.recipe)
+
+    def _trainer(
+        self, model: Any, rows: RunRows, length: Length, identity: Identity, found: resume.Found | None
+    ) -> tuple[LoraTrainer, Checkpoints]:
+        recipe, looks = self.recipe, self.looks
+        looks.open(recipe, rows, length, rows.tokenizer.pad_token_id or 0, found.step if found is not None else 0)
+        stopping = StopAtStep(self.signals)
+        saver = Checkpoints(
+            self.where, recipe, identity, looks.kept, lambda: self.signals.received > 0, lambda: looks.best_step
+        )
+        size = recipe.batch_size * recipe.grad_accum
+        feed = Feed(rows.items, size, length.steps, recipe.seed, recipe.group_by_length)
+        with quiet():
+            trainer = LoraTrainer(
+                model, recipe, length, feed, collator(recipe, model, rows), folder=self.where.checkpoints,
+                micro=MicroBatches(recipe.batch_size, say=self.say), guard=Guard(recipe.max_bad_steps, self.say),
+                callbacks=[*looks.callbacks, stopping, saver],
+            )  # fmt: skip
+        saver.trainer = trainer
+        if found is not None:
+            resume.restore_adapter(found.folder, model)
+            resume.restore_metrics(found, self.where)
+            saver.newest = found.folder
+            trainer.on_begin = lambda: resume.restore_run(found, trainer, looks.kept)
+            self.say(f"resume: from {str(found.folder)!r}, after step {found.step} of {length.steps}")
+        return trainer, saver
+
+    def _train(self, trainer: LoraTrainer, saver: Checkpoints) -> None:
+        model = trainer.model
+        use_cache = getattr(model.config, "use_cache", None)
+        # Trainer has moved the model to where it trains, so that the summary tells how it will run there.
+        self.looks.console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
+        try:
+            with quiet(), self.signals.waiting():
+                trainer.train()
+        except Stopped:  # pressed until it stopped at once
+            raise self.signals.stopped(_newest(saver)) from None
+        except (NonFiniteError, OutOfMemoryError) as error:
+            kept = self._kept(saver, trainer)
+            if not isinstance(error, NonFiniteError):
+                raise OutOfMemoryError(f"{error}. {kept}") from error
+            self.where.ended(saver.identity.run, str(error))
             advice = "Lower lr, lengthen the warm-up, or look for broken rows"
             raise NonFiniteError(f"{error}. {kept}. {advice}", error.step) from error
-        console.print(kept, highlight=False)
-        raise
-    if not _finite(model):
-        raise LoraError(f"the adapter holds NaN or infinity after step {watch.steps}, so it was not saved; lower lr")
-    return Result(out, _save(recipe, model, out, data, watch))
+        except (
+            RuntimeError,
+            MemoryError,
+        ) as error:  # of the optimizer or of an evaluation: nothing there can be halved
+            if not out_of_memory(error):
+                raise
+            why = str(error).partition("\n")[0]
+            raise OutOfMemoryError(f"memory ran out between two steps ({why}). {ADVICE}. {_newest(saver)}") from error
+        finally:
+            self.looks.close()
+            model.config.use_cache = use_cache  # Trainer turns the cache off for good
+            model.eval()
+        if self.signals.received:
+            raise self.signals.stopped(self._kept(saver, trainer))
+
+    def _kept(self, saver: Checkpoints, trainer: LoraTrainer) -> str:
+        """Saves the state as it is after the last good step, and says where it is and how to go on."""
+        step = trainer.state.global_step
+        with self.signals.waiting():
+            saver.save()
+        return _newest(saver) if step else "Nothing was saved: there was no step"
+
+    def _finish(self, trainer: LoraTrainer, saver: Checkpoints, rows: RunRows) -> Result:
+        model, identity = trainer.model, saver.identity
+        model.eval()
+        lines = [] if self.recipe.early_stop is None else _take_best(model, self.where, self.looks)
+        finish.check_moved(model, identity.before)
+        with self.signals.waiting():
+            folder, why = finish.save_adapter(model, self.where)
+        self.signals.check()
+        metrics = self.looks.numbers(model)
+        record = {
+            "run": identity.run, **finish.facts(model, rows), "stopped": None, "length": vars(trainer.length),
+            "skipped_steps": trainer.guard.skipped, "micro_batch": trainer.micro.size, "dtype": identity.dtype,
+            "metrics": metrics,
+        }  # fmt: skip
+        finish.write_all({
+            "metrics.jsonl": lambda: finish.move_metrics(self.where, folder),
+            "run.json": lambda: finish.write_record(folder, self.recipe, record),
+        })  # fmt: skip
+        if why is not None:
+            raise LoraError(f"{why}. The adapter is in {str(folder)!r} instead")
+        return Result(folder, metrics, lines)
 
 
-def _adapted(recipe: Recipe) -> Any:
-    model = load_base(recipe.model, pick_dtype(recipe.dtype), recipe.quantize)
-    lora.inject(model, config=recipe.adapter())
-    if recipe.liger:
-        check_liger(model)
-    if recipe.offload and not getattr(model, "is_quantized", False):
-        model.to("cuda")  # where Trainer would take it; prepare wants to see the GPU
-    return lora.prepare(model, checkpointing="offload" if recipe.offload else recipe.gradient_checkpointing)
+def _take_best(model: Any, where: place.Place, looks: Looks) -> list[str]:
+    """Where a run looks for the step to stop at, its adapter is that of the best one, not of the last."""
+    folder = where.step(looks.best_step)
+    if looks.best_step in (0, looks.watch.steps) or not folder.is_dir():
+        return []
+    resume.restore_adapter(folder, model)
+    return [f"the adapter is that of step {looks.best_step}, the best on the held-out rows"]
 
 
-def _finite(model: Any) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
+def _finished(where: place.Place, wanted: str) -> Result | None:
+    """The result of the run that `--resume auto` means, where it is finished."""
+    record = where.finished() if wanted == "auto" else None
+    if record is None or "run" not in record or where.newest_run() not in (None, record["run"]):
+        return None
+    text = f"resume: the run in {str(where.out)!r} is finished; --force starts anew"
+    return Result(where.out, record["metrics"], [text])
 
 
-def _save(
-    recipe: Recipe, model: Any, out: Path, data: EncodedData, watch: Watch, stopped: str | None = None
-) -> dict[str, float]:
-    """Writes the adapter, then recipe.yaml and run.json beside it, each atomically; returns the metrics."""
-    lora.save(model, out)
-    metrics: dict[str, float] = {
-        "loss": watch.recent_loss, "seconds": round(watch.seconds, 3), "tokens": watch.tokens,
-        "tokens_per_second": round(watch.tokens_per_second, 1), "steps": watch.steps,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }  # fmt: skip
-    if watch.eval_loss is not None:
-        metrics["eval_loss"] = watch.eval_loss
-    record = {
-        "format": data.format, "rows": len(data.rows), "rows_too_long": data.dropped, "max_length": data.max_length,
-        "quantisation": quantization({n: w for n, m in base_modules(model) if (w := weight_of(m)) is not None}),
-        "stopped": stopped, "metrics": metrics,
-        "versions": {"lora": lora.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
-    for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
-        with replaced(out / name) as file:
-            file.write_text(content, encoding="utf-8")
-    return metrics
+def _newest(saver: Checkpoints) -> str:
+    """Where a run's newest checkpoint is, and how to go on from it."""
+    if saver.newest is None:
+        return "Nothing was saved"
+    step = int(saver.newest.name.rpartition("-")[2])
+    command = resume_command(saver.newest / RECIPE_FILE)
+    return f"All of it as it was after step {step} is in {str(saver.newest)!r}; to go on: {command}"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LoraWarning, stacklevel=2)

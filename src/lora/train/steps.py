@@ -1,9 +1,10 @@
 """What a callback of a run is told of each step, and what it keeps for the way back."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,24 @@ class RunCallback(TrainerCallback):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave when the checkpoint was written; before `on_train_begin`."""
+
+
+class Teller(TrainerCallback):
+    """Comes first of a run's callbacks: tells the others of each step that the optimizer took.
+
+    begin: called before the others begin. last: the step that was taken last. passes: how far the run is in its rows.
+    """
+
+    def __init__(
+        self, told: Sequence[RunCallback], begin: Callable[[], None], last: Callable[[], Step],
+        passes: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.told, self.begin, self.last, self.passes = told, begin, last, passes
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.begin()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.epoch = self.passes()
+        for each in self.told:
+            each.on_step(self.last())

@@ -1,81 +1,144 @@
-"""transformers' Trainer, set up for a run."""
+"""transformers' Trainer, which takes a whole step's rows at a time, in micro-batches that fit."""
 
-import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-import lora
-
-from ..data.collate import PaddingCollator
-from ..data.encode import IGNORED, EncodedData
-from ..data.template import PromptTemplate
 from .defaults import LR
-from .guard import Guard
+from .feed import Feed, Item, rows_of
+from .generators import Generators
+from .guard import Guard, gradient_norm
+from .length import Length
+from .losses import token_weighted
+from .memory_retry import MicroBatches
 from .needs import OPTIMIZERS
-from .quiet import quiet
 from .recipe import Recipe
-from .watch import Watch
+from .schedules import scheduler
+from .steps import RunCallback, Step, Teller
 
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+Collate = Callable[[list[Item]], dict[str, Any]]
 
 
 class LoraTrainer(Trainer):
-    """transformers' Trainer that tells a `Guard` of every forward and backward pass."""
+    """Trainer, whose batch is all rows of one optimizer step.
 
-    guard: Guard
+    So a step that runs out of memory can be taken again in smaller parts, one whose loss is not finite can be taken
+    with the next rows instead, and the place in the rows is the feed's own. Between two steps the random numbers are
+    left alone: what a callback or an evaluation draws does not change the run.
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        tokens, trained = inputs["attention_mask"].sum(), inputs["labels"][:, 1:].ne(IGNORED).sum()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.add(loss, tokens, trained)
+    random: the generators as the last step left them. position: of the feed, after the last step. on_begin: called
+    once the optimizer is made, before any callback.
+    """
+
+    model: Any
+    optimizer: Any
+    random: Generators
+
+    def __init__(
+        self, model: Any, recipe: Recipe, length: Length, feed: Feed, collate: Collate, *,
+        micro: MicroBatches, guard: Guard, callbacks: Sequence[TrainerCallback], folder: Path,
+    ) -> None:  # fmt: skip
+        """folder: Trainer wants one that is there, and writes nothing into it."""
+        self.recipe, self.length, self.feed, self.micro, self.guard = recipe, length, feed, micro, guard
+        told = [each for each in callbacks if isinstance(each, RunCallback)]
+        self.on_begin: Callable[[], None] = lambda: None
+        self.position = 0
+        first = Teller(
+            told, lambda: self.on_begin(), lambda: self.last, lambda: self.feed.position / self.feed.per_pass
+        )
+        super().__init__(
+            model=model, args=arguments(recipe, length, folder), callbacks=[first, *callbacks],
+            train_dataset=feed, data_collator=collate,
+            compute_loss_func=token_weighted if recipe.task == "generate" and not recipe.liger else None,
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        self.random = Generators.now()
+        # Whether a micro-batch's loss is its share of the step's; else it is its own mean. Liger's kernel fuses the
+        # loss into the model, which then divides by what it is told.
+        self.weighted = self.compute_loss_func is not None or (recipe.liger and self.model_accepts_loss_kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        return self.feed
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = scheduler(
+                optimizer or self.optimizer, self.recipe.schedule, self.length.warmup, self.length.steps
+            )
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        model.train()
+        start, number = self.random, self.state.global_step + 1
+        while True:
+            items = inputs
+            loss, trained = self.micro.fit(items, number, lambda cut: self._gradients(model, cut, start))
+            norm, clip = gradient_norm(model, self.args.max_grad_norm)
+            losses, gradient = torch.stack([loss.double(), norm.to(loss.device).double()]).tolist()  # one sync
+            tokens = sum(len(row["input_ids"]) for item in items for row in rows_of(item))
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            self.last = Step(number, losses, gradient, lr, tokens, trained)
+            if self.guard.passes(self.last, self.feed.taken):
+                break
+            model.zero_grad()
+            inputs = self.feed.take()
+        clip()
+        self.random, self.position = Generators.now(), self.feed.position
         return loss
 
+    def _gradients(self, model: Any, cut: list[list[Item]], start: Generators) -> tuple[Tensor, int]:
+        """(the step's loss, trained tokens); its gradient lies in the parameters, and nothing of before."""
+        start.restore()
+        model.zero_grad()
+        batches = [self.data_collator(items) for items in cut]
+        trained = sum(_trained(batch["labels"]) for batch in batches)
+        total = torch.zeros((), device=self.args.device)
+        count = torch.tensor(trained, device=self.args.device)
+        self.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            share = 1.0 if self.weighted else _trained(batch["labels"]) / trained
+            loss: Any = self.compute_loss(
+                model, self._prepare_inputs(batch), num_items_in_batch=count if self.weighted else None
+            )
+            loss = loss * share
+            self.accelerator.backward(loss)
+            total += loss.detach().to(total.device)
+        return total, trained
 
-def train(
-    recipe: Recipe, model: Any, template: PromptTemplate, data: EncodedData, held_out: EncodedData | None,
-    watch: Watch,
-) -> None:  # fmt: skip
-    guard = Guard([watch])
-    use_cache = getattr(model.config, "use_cache", None)
-    # Trainer makes its output folder even when it saves nothing there.
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        trainer = LoraTrainer(
-            model=model, args=arguments(recipe, scratch, held_out is not None), callbacks=[guard, watch],
-            train_dataset=data.rows, eval_dataset=held_out.rows if held_out else None,
-            # The padding is masked, so its id does not matter; 0 is in every vocabulary.
-            data_collator=PaddingCollator(template.tokenizer.pad_token_id or 0),
-        )  # fmt: skip
-        trainer.guard = guard
-        trainer.remove_callback(PrinterCallback)
-        # Trainer has moved the model to where it trains, so that the summary tells how it will run there.
-        watch.console.print(str(lora.summary(model)), highlight=False, soft_wrap=True)
-        try:
-            trainer.train()
-        finally:
-            watch.stop()
-            model.config.use_cache = use_cache  # Trainer turns the cache off for good
-            model.eval()
+    # The gradient is measured and clipped where the step is judged.
+    def _clip_grad_norm(self, model: Any) -> float:
+        return self.last.grad_norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: float | None = None) -> float:
+        return self.last.grad_norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # it would read a batch, and nobody asks for it
 
 
-def arguments(recipe: Recipe, scratch: str, evaluate: bool) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=scratch, seed=recipe.seed, use_liger_kernel=recipe.liger,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.grad_accum,
-        num_train_epochs=recipe.epochs or 1, max_steps=recipe.max_steps or -1,
-        optim=OPTIMIZERS[recipe.optimizer], learning_rate=recipe.lr or LR,
-        lr_scheduler_type=_SCHEDULES[recipe.schedule],
-        warmup_steps=recipe.warmup_steps or 0,
-        weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
-        train_sampling_strategy="group_by_length", remove_unused_columns=False,
-        eval_strategy="epoch" if evaluate else "no", save_strategy="no", logging_strategy="no",
+def _trained(labels: Tensor) -> int:
+    """What the loss is the mean of: labels (rows, length) but for each row's first; all of (rows,)."""
+    if labels.dim() == 1:
+        return labels.numel()
+    return int((labels[:, 1:] != -100).sum())
+
+
+def arguments(recipe: Recipe, length: Length, folder: Path) -> TrainingArguments:
+    """What Trainer is told. What it would do beside the steps (saving, measuring, reporting) is done here instead."""
+    found = TrainingArguments(
+        output_dir=str(folder), seed=recipe.seed, use_liger_kernel=recipe.liger, max_steps=length.steps,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1,  # its batch is a step
+        optim=OPTIMIZERS[recipe.optimizer], learning_rate=recipe.lr or LR, weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm, remove_unused_columns=False,
+        eval_strategy="no", save_strategy="no", logging_strategy="no",
         logging_nan_inf_filter=False,  # it would show 0.0 for a NaN and go on
-        report_to="none", disable_tqdm=True, log_level="error", dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none", disable_tqdm=True, log_level="error",
     )  # fmt: skip
-    if arguments.n_gpu > 1:
+    if found.n_gpu > 1:
         # With several GPUs in one process Trainer would wrap the model in DataParallel, which is slower than one GPU.
-        arguments._n_gpu = 1
-    return arguments
+        found._n_gpu = 1
+    return found
