@@ -17,9 +17,7 @@ from .sweep import sweep
 from .train import train
 
 # Plain help pages: rich's panels cost 0.12 s of the half second that `--help` may take.
-app = typer.Typer(
-    name="lora", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+app = typer.Typer(name="lora", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _version(wanted: bool) -> None:
