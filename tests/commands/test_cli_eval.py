@@ -229,3 +229,23 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
     assert (code, [line.split()[-1] for line in out.splitlines()[2:]]) == (0, ["100.00", "100.00"])
     code, _, err = cli("eval", encoder, "--adapter", tmp_path / "adapter", "--task", "tfns", "--task-dir", tmp_path)
     assert (code, err.startswith("error: the model is a classifier")) == (2, True)
+
+
+def test_a_classifier_from_rows_to_its_scores(cli: Lora, tmp_path: Path) -> None:
+    """`lora train --task classify` with the defaults for a head, and `lora eval` by the labels in its run.json."""
+    encoder = save_tiny_encoder(tmp_path / "encoder")
+    words = {"good": ("fine", "warm", "bright"), "bad": ("dull", "cold", "grim")}
+    texts = [(f"the film was {word}", label) for label, some in words.items() for word in some] * 4
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *map(",".join, texts)]) + "\n")
+    data = ["--data", tmp_path / "rows.csv", "--eval-share", 0.25, "--out", tmp_path / "adapter"]
+    short = ["--max-steps", 24, "--lr", 1e-2, "--batch-size", 18, "--no-check"]
+    code, out, err = cli("train", "--task", "classify", "--model", encoder, *data, *short)
+    assert code == 0, err
+    assert json.loads((tmp_path / "adapter" / "run.json").read_text())["labels"] == ["bad", "good"]
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["bert.pooler", "classifier"])
+    ask = ["eval", encoder, "--adapter", tmp_path / "adapter", "--data", tmp_path / "rows.csv"]
+    code, out, _ = cli(*ask, "--json")
+    assert code == 0
+    accuracy, f1 = json.loads(out)
+    assert min(accuracy["adapter"], f1["adapter"]) > 80 > accuracy["most_frequent_label"] == 50
