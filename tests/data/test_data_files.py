@@ -66,6 +66,11 @@ def test_a_tsv_that_does_not_quote(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_csv_whose_lines_end_in_carriage_returns(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(b"\r\rquestion;answer\ra;b\r")
+    assert read_rows(tmp_path / "r.csv") == [{"question": "a", "answer": "b"}]
+
+
 def test_tool_rows_a_folder_of_files_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl()))
     (tmp_path / "a.csv").write_bytes(table(","))

@@ -100,8 +100,8 @@ def _read_json(path: Path, data: bytes) -> list[Any]:
 
 
 def _read_csv(path: Path, data: bytes) -> list[Any]:
-    text = _text(path, data, nul=False)
-    header = text.lstrip("\n\r").partition("\n")[0]
+    text = _text(path, data, nul=False).lstrip("\r\n")
+    header = next(iter(text.splitlines()), "")
     counts = {each: len(next(csv.reader([header], delimiter=each), [])) for each in _DELIMITERS}
     return _table(path, text, max(_DELIMITERS, key=lambda each: counts[each]))
 
