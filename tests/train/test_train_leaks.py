@@ -1,6 +1,7 @@
 """Which models can train on packs, by trying: transformers 5.23 says so of none."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import nn
 import lora
 from conftest import tiny_gpt2, tiny_llama
 from lora import LoraError
+from lora.data.collate import PackingCollator
+from lora.train import Recipe, run
 from lora.train.leaks import check_packing, collator_for
+from tiny_base import save_tiny_base
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -117,3 +121,23 @@ def test_a_wrapper_without_embeddings_is_refused() -> None:
     model.model.embed_tokens, model.get_input_embeddings = nn.Embedding(97, 48), lambda: nn.Embedding(97, 48)
     with pytest.raises(LoraError, match="input embeddings are not where it says"):
         check_packing(model)
+
+
+def test_a_run_tries_its_model_before_it_trains_on_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = PackingCollator.__call__
+
+    def joined(self: PackingCollator, packs: Any) -> dict[str, Any]:
+        batch = pack(self, packs)
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "count 3", "completion": "0 1 2"}\n' * 8, encoding="utf-8")
+    settings = {"packing": True, "max_steps": 1, "batch_size": 1, "max_length": 64, "check": False}
+    recipe = Recipe.of(
+        model=str(save_tiny_base(tmp_path / "base")), data=str(rows), out=str(tmp_path / "out"), **settings
+    )
+    monkeypatch.setattr(PackingCollator, "__call__", joined)
+    with pytest.raises(LoraError, match="packing: LlamaForCausalLM with sdpa attention cannot train on packed rows"):
+        run(recipe)
+    monkeypatch.setattr(PackingCollator, "__call__", pack)
+    assert run(recipe).metrics["steps"] == 1

@@ -10,7 +10,7 @@ from ..errors import LoraError
 from .base import load_base, pick_dtype
 from .classify import LabelCollator, load_classifier, pad_id, with_head
 from .feed import Item
-from .leaks import check_packing, collator_for
+from .leaks import collator_for
 from .needs import check_liger
 from .recipe import Recipe
 from .rows import RunRows
@@ -36,12 +36,8 @@ def adapted(recipe: Recipe, names: list[str] | None = None, tokenizer: Any = Non
     if recipe.offload and not getattr(model, "is_quantized", False):
         model.to("cuda")  # where Trainer would take it; prepare wants to see the GPU
     lora.prepare(model, checkpointing="offload" if recipe.offload else recipe.gradient_checkpointing)
-    if recipe.packing:
-        if names:
-            raise LoraError(
-                "packing: a classifier reads a label from each row, and packs would join them; leave it out"
-            )
-        check_packing(model)
+    if recipe.packing and names:
+        raise LoraError("packing: a classifier reads a label from each row, and packs would join them; leave it out")
     return model
 
 

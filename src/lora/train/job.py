@@ -23,6 +23,7 @@ from .defaults import resolved
 from .feed import Feed, digest
 from .fit import largest_batch
 from .guard import Guard
+from .leaks import check_packing
 from .length import Length
 from .looks import Looks
 from .memory_retry import ADVICE, MicroBatches, out_of_memory
@@ -109,6 +110,8 @@ class _Job:
             secrets.token_hex(8), time.time(), self.force, data, held_out, dtype, finish.trained_digest(model)
         )  # fmt: skip
         trainer, saver = self._trainer(model, rows, length, identity, found)
+        if recipe.packing:
+            check_packing(model)  # where Trainer has moved it: flash attention runs on a GPU alone
         if found is None or not resume.is_over(found):
             self._train(trainer, saver)
         return self._finish(trainer, saver, rows)
