@@ -1,5 +1,6 @@
 """How the commands speak: progress and notices on stderr, results on stdout."""
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,20 @@ from ..errors import LoraWarning
 def stderr() -> Console:
     """The console for progress. Off a terminal its lines are not wrapped, so that logs can be searched."""
     return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Within it, a signal ends the command there and then: for imports, which have nothing to put back."""
+    handlers = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = [handler for handler in handlers if hasattr(handler, "at_once")]  # `lora.cli.Ending`
+    for each in ending:
+        each.at_once = True  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for each in ending:
+            each.at_once = False  # type: ignore[union-attr]
 
 
 @contextmanager

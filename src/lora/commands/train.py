@@ -7,34 +7,67 @@ from typing import Annotated, Any
 import typer
 
 from ..train.recipe import Recipe, load_recipe
-from .flags import flag, parsed
+from .flags import flag
+from .settings import settings_of
 
 
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A YAML or JSON file with the fields below.", show_default=False)
+        str | None,
+        typer.Argument(help="A YAML or JSON file with the fields below, or a recipe's name.", show_default=False),
     ] = None,
     *,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A field of the recipe; may be repeated.", show_default=False
+        ),
+    ] = None,
+    recipes: Annotated[
+        Path | None,
+        typer.Option(help="A file of recipes by name, such as FinLoRA's finetune_configs.json.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, every setting resolved, and stop.")
+    ] = False,
+    resume: Annotated[
+        str, typer.Option(help="Go on from a checkpoint: auto is the newest whole one in --out, or a folder; or none.")
+    ] = "none",
+    resume_without: Annotated[
+        list[str] | None,
+        typer.Option(help="Go on although this part of the checkpoint is missing.", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")] = False,
     **flags: Any,
 ) -> None:
-    """Train an adapter on your rows: from a recipe file, from flags, or both (flags win).
+    """Train an adapter on your rows: from a recipe, from flags, or both (flags win).
 
-    The loss falls on the answers only. Rows may be prompt/completion, messages, sharegpt conversations, alpaca,
+    RECIPE is a file, or a name that `lora recipes` lists. Other tools' names for a setting are understood. The loss
+    falls on the answers only; rows may be prompt/completion, messages, sharegpt conversations, alpaca,
     context/target, question/answer or plain text.
 
         lora train --model org/base --data rows.jsonl --out my-adapter
     """
-    plan = load_recipe(recipe, {name: parsed(name, value) for name, value in flags.items() if value is not None})
-
-    from ..train.quiet import quiet
-    from .console import clean_warnings, stderr
-
-    with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
-        from ..train.job import run
+    from ..train.checks import cheap
+    from ..train.dry_run import dry_run as told
+    from .console import clean_warnings, leaving_at_once, stderr
 
     with clean_warnings():
-        result = run(plan, force=force, console=stderr())
+        plan = load_recipe(recipe, settings_of(flags, setting or []), recipes=recipes)
+        if dry_run:
+            text, error = told(plan, force)
+            typer.echo(text)
+            if error is not None:
+                raise error
+            return
+        cheap(plan, force or resume != "none")
+        with leaving_at_once():
+            from ..train.quiet import quiet
+
+            with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
+                from ..train.job import run
+        again = {"resume": resume, "resume_without": resume_without or []} if resume != "none" else {}
+        result = run(plan, force=force, console=stderr(), **again)
     numbers = result.metrics
     typer.echo(
         f"loss {numbers['loss']:.4f}"
@@ -45,7 +78,7 @@ def train(
 
 
 # typer reads the signature; this one says the recipe's fields once, where they are defined.
-_recipe, _force, _ = inspect.signature(train).parameters.values()
+_recipe, *_others, _ = inspect.signature(train).parameters.values()
 train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [_recipe, *map(flag, Recipe.model_fields), _force]
+    [_recipe, *map(flag, Recipe.model_fields), *_others]
 )

@@ -1,5 +1,6 @@
 """The base model and its tokenizer, loaded with errors that say what to do."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from ..bases import FrozenWeight, loadable, saved_as, weight_of
-from ..errors import LoraError
+from ..errors import LoraError, LoraWarning, OutOfMemoryError
 from .base_facts import check_place
 from .quiet import quiet
 
@@ -106,14 +107,42 @@ def load_config(name: str) -> Any:
 
 
 def _read(kind: Any, name: str, what: str = "", bars: bool = True, **options: Any) -> Any:
-    """kind.from_pretrained(name). A download of gigabytes needs its bar; reading a folder does not."""
+    """kind.from_pretrained(name). A download of gigabytes needs its bar; reading a folder does not.
+
+    Code that comes with a model is never run, whoever asks: transformers is told so, and so asks nobody.
+    """
     check_place(name)
     try:
         with quiet(bars=bars and not Path(name).is_dir()):
-            return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise LoraError(f"model: {what}{name!r} could not be loaded: {first_line}") from error
+            return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemoryError(
+            f"model: {what}{name!r} does not fit into memory; quantize it, or take a smaller"
+        ) from error
+    except Exception as error:  # configs, headers and weights of others fail in a dozen unrelated classes
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            told = "it brings code of its own (auto_map), which is never run here; give a model that transformers knows"
+        raise LoraError(f"model: {what}{name!r} could not be loaded: {told[:500]}") from error
+
+
+def _checked(name: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model, if every weight of it came from its files: what is missing would be drawn at random."""
+    model, info = loaded
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
+        if wrong := sorted(str(each[0] if isinstance(each, tuple) else each) for each in info.get(key, ())):
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise LoraError(
+                f"model: {name!r} {what} weights that its config asks for: {', '.join(wrong[:3])}{more}; give the whole "
+                "model"
+            )
+    if left := sorted(map(str, info.get("unexpected_keys", ()))):
+        warnings.warn(
+            f"model: {name!r} has weights that its config does not ask for ({', '.join(left[:3])}, {len(left)} in all): "
+            "they are left out", LoraWarning, stacklevel=4,
+        )  # fmt: skip
+    return model
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -32,11 +32,11 @@ def cheap(recipe: Recipe, force: bool = False) -> tuple[BaseFacts | None, Glance
     facts = read_facts(recipe.model)
     resolved(recipe, facts)
     check_out(recipe, force, facts)
-    found = glance(recipe.data)
+    found = glance(recipe.data, task=recipe.task)
     if found.rows is not None:
         resolved(recipe, facts, found.rows - held_out(recipe, found.rows))
     if recipe.eval_data is not None:
-        glance(recipe.eval_data, "eval_data")
+        glance(recipe.eval_data, "eval_data", recipe.task)
     return facts, found
 
 
