@@ -53,7 +53,14 @@ def load_base(
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: i for i, label in enumerate(labels)}
     kind_of_model = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    model = _read(kind_of_model, name, dtype=dtype, **options)
+    model, info = _read(kind_of_model, name, dtype=dtype, output_loading_info=True, **options)
+    if not labels:  # a classifier's head is new, and a pooler may be
+        _check_weights(name, info)
+    if getattr(model.config, "auto_map", None):
+        warnings.warn(
+            f"model: {name!r} brings code of its own, which is not run: it is transformers' {type(model).__name__}",
+            LoraWarning, stacklevel=2,
+        )  # fmt: skip
     if kind is not None:
         kind.after_loading(model)
         if isinstance(dtype, torch.dtype):
@@ -121,28 +128,26 @@ def _read(kind: Any, name: str, what: str = "", bars: bool = True, **options: An
         ) from error
     except Exception as error:  # configs, headers and weights of others fail in a dozen unrelated classes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = lines[0] if lines else type(error).__name__
+        told = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
         if "trust_remote_code" in str(error):
             told = "it brings code of its own (auto_map), which is never run here; give a model that transformers knows"
+        elif "ignore_mismatched_sizes" in str(error):
+            told = "its weights have other shapes than its config asks for; give the whole model, with its own config"
         raise LoraError(f"model: {what}{name!r} could not be loaded: {told[:500]}") from error
 
 
-def _checked(name: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model, if every weight of it came from its files: what is missing would be drawn at random."""
-    model, info = loaded
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has other shapes for")):
-        if wrong := sorted(str(each[0] if isinstance(each, tuple) else each) for each in info.get(key, ())):
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise LoraError(
-                f"model: {name!r} {what} weights that its config asks for: {', '.join(wrong[:3])}{more}; give the whole "
-                "model"
-            )
+def _check_weights(name: str, info: dict[str, Any]) -> None:
+    """Every weight must have come from the model's files: transformers draws the others at random."""
+    if missing := sorted(map(str, info.get("missing_keys", ()))):
+        raise LoraError(
+            f"model: {name!r} lacks {len(missing)} weights that its config asks for ({', '.join(missing[:3])}, ...); "
+            "give the whole model"
+        )
     if left := sorted(map(str, info.get("unexpected_keys", ()))):
         warnings.warn(
-            f"model: {name!r} has weights that its config does not ask for ({', '.join(left[:3])}, {len(left)} in all): "
-            "they are left out", LoraWarning, stacklevel=4,
+            f"model: {name!r} has {len(left)} weights that its config does not ask for ({', '.join(left[:3])}, ...): "
+            "they are left out", LoraWarning, stacklevel=3,
         )  # fmt: skip
-    return model
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

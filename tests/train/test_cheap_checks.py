@@ -1,0 +1,117 @@
+"""What is told before anything heavy is imported, and the dry run."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lora.errors import DataError, LoraError
+from lora.train import Recipe
+from lora.train.checks import cheap
+from lora.train.dry_run import dry_run
+from said import said
+from tiny_base import EXAMPLE
+
+Plan = Callable[..., Recipe]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 20)
+
+    def make(**changes: Any) -> Recipe:
+        here = {"model": str(EXAMPLE), "data": str(tmp_path / "rows.jsonl"), "out": str(tmp_path / "new" / "out")}
+        return Recipe.of(**{**here, **changes})
+
+    return make
+
+
+def test_a_run_that_can_start_leaves_nothing_behind(plan: Plan, tmp_path: Path) -> None:
+    facts, found = cheap(plan())
+    assert facts is not None and facts.kind == "llama"
+    assert found == ("prompt/completion", 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("place", ["under_a_file", "a_file", "proc", "occupied", "the_base", "long"])
+def test_unwritable_out(plan: Plan, tmp_path: Path, place: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(EXAMPLE, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "adapter_config.json").write_text("{}")
+    out, told = {
+        "under_a_file": (tmp_path / "rows.jsonl" / "a" / "b", "which is a file|cannot be written"),
+        "a_file": (tmp_path / "rows.jsonl", "is a file"), "proc": (Path("/proc/lora"), "cannot be written"),
+        "occupied": (tmp_path / "used", "already holds an adapter.*--force"),
+        "the_base": (base, "the base's own folder"),
+        "long": (tmp_path / ("x" * 300) / "y", "cannot be written: File name too long"),
+    }[place]  # fmt: skip
+    with pytest.raises(LoraError, match=f"^out: .*({told})"):
+        cheap(plan(model=str(base), out=str(out)))
+    if place == "occupied":
+        cheap(plan(out=str(out)), force=True)
+
+
+def test_a_disk_that_is_too_small_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(free[0]))
+    free = [1 << 20]  # the adapter of 0.6 M parameters takes 2.3 MB
+    with pytest.raises(LoraError, match="out: the adapter takes 2 MiB .* make room"):
+        cheap(plan())
+    free[0] = 8 << 20
+    with said("the adapter with its checkpoints takes up to 23 MiB"):
+        cheap(plan())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"data": "gone.jsonl"}, DataError, "data: 'gone.jsonl' is not there"),
+        ({"eval_data": "gone.jsonl"}, DataError, "eval_data: 'gone.jsonl' is not there"),
+        ({"model": "./gone"}, LoraError, "model: there is no folder './gone'"),
+        ({"model": "a b/c"}, LoraError, "model: 'a b/c' is neither a folder here nor a name on the hub"),
+        ({"max_length": 5000}, LoraError, "max_length is 5000, but the model takes 1024"),
+        ({"warmup_steps": 3}, LoraError, "warmup_steps is 3, but the run has only 3 steps"),
+    ],
+)
+def test_late_errors_come_first(plan: Plan, changes: dict[str, Any], kind: type[LoraError], told: str) -> None:
+    with pytest.raises(kind, match=told) as caught:
+        cheap(plan(**changes))
+    assert caught.value.exit_code == kind.exit_code
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"wrong": 1}', "[1", "\n\n"])
+def test_late_errors_of_rows_come_first(plan: Plan, tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(DataError, match="^data: "):
+        cheap(plan(data=str(tmp_path / "bad.jsonl")))
+
+
+def test_a_dry_run_tells_all(plan: Plan) -> None:
+    text, error = dry_run(plan(eval_share=0.1, rslora=True, targets=["q_proj"], epochs=4, template="inst"))
+    assert error is None
+    for part in (
+        "base: llama, 8.0 M parameters", "data: prompt/completion, 20 rows, 2 of them held out",
+        "adapter: lora, scaling 8 / sqrt(16) = 2, 65,536 parameters", "steps: 12 of 8 x 1 rows",
+        "[INST] prompt [/INST]", "fifteen times full fine-tuning's",
+    ):  # fmt: skip
+        assert part in text
+    settings = {line.split()[0] for line in text.split("\n\n")[0].splitlines()[2:]}
+    unset = {"eval_data", "early_stop", "exclude", "layers", "update", "dora", "max_steps"}
+    assert settings >= set(Recipe.model_fields) - unset
+
+
+def test_a_dry_run_of_what_cannot_be_reached_says_what_it_means(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    text, error = dry_run(plan(model="some-org/some-model", quantize="nf4"))
+    assert error is None
+    assert "base: cannot be reached from here" in text and "quantize" in text
+    text, error = dry_run(plan(data="gone.jsonl", out="/proc/x"))
+    assert "steps" not in text.split("\n\n")[1] and "all-linear" in text
+    assert str(error).startswith("out: '/proc/x' cannot be written")
