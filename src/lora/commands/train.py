@@ -10,34 +10,37 @@ from ..train.recipe import Recipe, load_recipe
 from .flags import flag
 from .settings import settings_of
 
+_Recipe = Annotated[
+    str | None,
+    typer.Argument(help="A YAML or JSON file with the fields below, or a recipe's name.", show_default=False),
+]
+_Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field; may be repeated.", show_default=False)
+]
+_Recipes = Annotated[
+    Path | None,
+    typer.Option(help="A file of recipes by name, such as FinLoRA's finetune_configs.json.", show_default=False),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, every setting resolved, and stop.")]
+_Resume = Annotated[
+    str, typer.Option(help="Go on from a checkpoint: auto is the newest whole one in --out, or a folder; or none.")
+]
+_ResumeWithout = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PART", help="Go on although this part of the checkpoint is missing.", show_default=False),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")]
+
 
 def train(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(help="A YAML or JSON file with the fields below, or a recipe's name.", show_default=False),
-    ] = None,
+    recipe: _Recipe = None,
     *,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A field of the recipe; may be repeated.", show_default=False
-        ),
-    ] = None,
-    recipes: Annotated[
-        Path | None,
-        typer.Option(help="A file of recipes by name, such as FinLoRA's finetune_configs.json.", show_default=False),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, every setting resolved, and stop.")
-    ] = False,
-    resume: Annotated[
-        str, typer.Option(help="Go on from a checkpoint: auto is the newest whole one in --out, or a folder; or none.")
-    ] = "none",
-    resume_without: Annotated[
-        list[str] | None,
-        typer.Option(help="Go on although this part of the checkpoint is missing.", show_default=False),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in --out.")] = False,
+    setting: _Set = None,
+    recipes: _Recipes = None,
+    dry_run: _DryRun = False,
+    resume: _Resume = "none",
+    resume_without: _ResumeWithout = None,
+    force: _Force = False,
     **flags: Any,
 ) -> None:
     """Train an adapter on your rows: from a recipe, from flags, or both (flags win).
@@ -67,7 +70,10 @@ def train(
             with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
                 from ..train.job import run
         again = {"resume": resume, "resume_without": resume_without or []} if resume != "none" else {}
-        result = run(plan, force=force, console=stderr(), **again)
+        _tell(run(plan, force=force, console=stderr(), **again))
+
+
+def _tell(result: Any) -> None:
     numbers = result.metrics
     typer.echo(
         f"loss {numbers['loss']:.4f}"
