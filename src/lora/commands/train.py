@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import Stopped
 from ..train.recipe import Recipe, load_recipe
 from .flags import flag
 from .settings import settings_of
@@ -69,8 +70,11 @@ def train(
 
             with quiet():  # Trainer imports bitsandbytes where it is there, which remarks on the kernels that it found
                 from ..train.job import run
-        again = {"resume": resume, "resume_without": resume_without or []} if resume != "none" else {}
-        _tell(run(plan, force=force, console=stderr(), **again))
+        try:
+            _tell(run(plan, force=force, resume=resume, resume_without=resume_without or (), console=stderr()))
+        except Stopped as stopped:  # typer knows Ctrl-C alone, and would not say what was kept
+            typer.echo(f"error: {stopped}", err=True)
+            raise typer.Exit(stopped.exit_code) from stopped
 
 
 def _tell(result: Any) -> None:
@@ -80,6 +84,8 @@ def _tell(result: Any) -> None:
         + (f", eval loss {numbers['eval_loss']:.4f}" if "eval_loss" in numbers else "")
         + f" after {numbers['steps']:,} steps, {numbers['seconds']:.0f} s, {numbers['tokens_per_second']:,.0f} tokens/s"
     )
+    for line in result.lines:
+        typer.echo(line)
     typer.echo(f"adapter: {result.out}")
 
 
