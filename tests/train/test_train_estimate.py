@@ -176,6 +176,17 @@ def test_a_stored_quantization_a_classifier_and_other_architectures_are_estimate
     assert found[0].dense and not found[2].dense and dense
 
 
+def test_a_model_that_looks_at_values_has_no_estimate_and_says_so(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, input_ids, **_: input_ids.sum().item())
+    with pytest.raises(LoraError, match="LlamaForCausalLM cannot be rehearsed without its values"):
+        estimate(recipe("small", batch_size=1, max_length=16), device="cpu")
+    assert rehearsal.target is None
+
+
 def test_nothing_of_a_rehearsal_stays(recipe: Make) -> None:
     before = torch.nn.functional.scaled_dot_product_attention
     estimate(recipe("small", batch_size=1, max_length=16, **LIGER), device="cuda")

@@ -18,7 +18,7 @@ from ..errors import LoraError, LoraWarning
 from ..tables import table
 from ..targets import output_heads
 from .base import DTYPES, load_config, max_positions
-from .ledger import rounded, tensors_of
+from .ledger import Peak, rounded, tensors_of
 from .quiet import quiet
 from .recipe import Recipe
 from .rehearse import Step, rehearse
@@ -103,13 +103,23 @@ def estimate(
         before = _before(model, recipe, card)
         dense = _largest(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        peaks = rehearse(model, step, whole)
+        peaks = _rehearsed(model, step, whole)
     moment, highest = max(peaks.items(), key=lambda found: found[1].total)
     there = {**before, **{name: size for name, size in highest.parts.items() if size}}
     return Estimate(
         "cuda" if card else "cpu", recipe.model, rows, length, trainable, sum(there.values()), moment, there, dense,
         _notes(recipe, card),
     )  # fmt: skip
+
+
+def _rehearsed(model: Any, step: Step, whole: bool) -> dict[str, Peak]:
+    try:
+        return rehearse(model, step, whole)
+    except (RuntimeError, NotImplementedError) as error:  # an operation that looks at values, or has no meta form
+        raise LoraError(
+            f"model: a step of {type(model).__name__} cannot be rehearsed without its values "
+            f"({str(error).strip().splitlines()[0][:200]}), so there is no estimate of it"
+        ) from error
 
 
 def _config(name: str) -> tuple[Any, dict[str, Any] | None]:

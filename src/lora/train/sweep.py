@@ -109,7 +109,7 @@ def sweep(
     study = _study(out, recipe.seed)
     grid = _grid(axes, recipe.seed)
     wanted = trials or (len(grid) if grid else DEFAULT_TRIALS)
-    _queue(study, grid)
+    _queue(study, grid, out)
     while len(_ended(study)) < wanted and (not grid or _waiting(study)):
         trial = study.ask()
         values = {axis.name: axis.suggest(trial) for axis in axes}
@@ -195,7 +195,7 @@ def _grid(axes: list[Axis], seed: int) -> list[dict[str, Any]]:
     return every
 
 
-def _queue(study: Any, grid: list[dict[str, Any]]) -> None:
+def _queue(study: Any, grid: list[dict[str, Any]], out: Path) -> None:
     """What has to run: all of a new grid, and again what an earlier call was ended in."""
     from optuna.trial import TrialState
 
@@ -204,6 +204,7 @@ def _queue(study: Any, grid: list[dict[str, Any]]) -> None:
             study.enqueue_trial(values)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+        shutil.rmtree(out / TRIALS / f"{trial.number:03d}", ignore_errors=True)  # what it had so far
         values = trial.params or trial.system_attrs.get("fixed_params")
         if values:
             study.enqueue_trial(values)
