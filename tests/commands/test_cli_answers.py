@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import lora
 from command_line import Lora, runner
 from conftest import randomize
+from lora.train.conversation import Conversation
 from tiny_base import save_tiny_base
 
 
@@ -139,3 +142,30 @@ def test_a_chat_without_a_template_says_that_it_remembers_nothing(
     assert out == half * 2
     code, _, err = cli(*short("chat", plain, "--system", "Be brief."))
     assert (code, err.startswith("error: system: without a chat template")) == (2, True)
+
+
+def test_a_typed_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(
+    cli: Lora, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal: Ctrl-C while an answer comes takes the turn back, Ctrl-D ends the command in order."""
+    typed = iter(["Say hi.", "Say hi."])
+    monkeypatch.setattr(import_module("lora.commands.chat"), "_at_terminal", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda mark: next(typed, None) or _end())
+    asked: list[int] = []
+    real_ask = Conversation.ask
+
+    def ask(self: Conversation, text: str, on_text: Callable[[str], None]) -> tuple[str, int]:
+        asked.append(len(self.turns))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real_ask(self, text, on_text)
+
+    monkeypatch.setattr(Conversation, "ask", ask)
+    code, out, err = cli(*short("chat", base))
+    assert (code, asked) == (0, [0, 0])
+    assert err == "/help lists what else can be typed\nstopped; neither your line nor the answer is remembered\n"
+    assert out.startswith("\n") and out.endswith("\n\n")
+
+
+def _end() -> str:
+    raise EOFError

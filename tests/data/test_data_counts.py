@@ -117,6 +117,19 @@ def test_rows_without_use_are_left_out_up_to_one_in_a_hundred(tmp_path: Path) ->
         glance(written(tmp_path, [*rows[:97], *[bad[2]] * 4]))
 
 
+def test_a_part_that_is_held_out_is_judged_by_the_share_of_the_whole() -> None:
+    bad = {"prompt": "q", "completion": " "}
+    assert len(encode_rows([PAIR, bad], CHAT, 200, "eval_share", of=100).rows) == 1
+    with pytest.raises(DataError, match=r"eval_share: 1 of 99 row\(s\) cannot be trained on, more than the 1%"):
+        encode_rows([PAIR, bad], CHAT, 200, "eval_share", of=99)
+    with pytest.raises(DataError, match=r"eval_share: none of the 1 row\(s\) can be trained on"):
+        encode_rows([bad], CHAT, 200, "eval_share", of=100)
+
+
+def test_a_prompt_to_answer_may_have_a_label() -> None:
+    assert detect({"text": "x", "label": 1}, answers=False).read({"text": "x", "label": 1}, False).text == "x"
+
+
 def test_rows_of_files_are_named_by_their_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [PAIR] * 60)))

@@ -44,7 +44,7 @@ def chat(
     base, tokenizer = load_answering(model, adapter, dtype, quantize)
     with clean_warnings():
         talk = Conversation(base, tokenizer, style, system, max_new_tokens, temperature, seed)
-        _note("/help lists what else can be typed" if sys.stdin.isatty() else "")
+        _note("/help lists what else can be typed" if _at_terminal() else "")
         _note("" if talk.remembers else "without a chat template each line stands alone: the model sees no earlier one")
         for line in _lines():
             try:
@@ -108,7 +108,7 @@ def _save(talk: "Conversation", name: str) -> None:
 
 def _lines() -> Iterator[str]:
     """Typed lines behind a mark, with the terminal's editing; or the lines of a pipe."""
-    if not sys.stdin.isatty():
+    if not _at_terminal():
         yield from (raw.decode("utf-8", "surrogateescape") for raw in sys.stdin.buffer)
         return
     with suppress(ImportError):  # gives `input` the arrow keys and a history, where there is one
@@ -120,6 +120,10 @@ def _lines() -> Iterator[str]:
         except EOFError:
             typer.echo()
             return
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _note(text: str) -> None:

@@ -53,8 +53,9 @@ def preview(
 
 def _longest(model: str) -> int:
     from ..train.base import load_config, max_positions
+    from ..train.defaults import LONGEST
 
-    return min(max_positions(load_config(model)) or 2048, 2048)
+    return min(max_positions(load_config(model)) or LONGEST, LONGEST)
 
 
 def _show(seen: "Preview", count: int) -> None:

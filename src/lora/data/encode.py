@@ -106,19 +106,22 @@ def _counted(counts: Counter[str]) -> str:
     return _some([f"{name} ({count:,} rows)" for name, count in counts.most_common()])
 
 
-def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, argument: str = "data") -> EncodedData:
+def encode_rows(
+    rows: Sequence[Row], template: PromptTemplate, max_length: int, argument: str = "data", of: int | None = None
+) -> EncodedData:
     """Encodes rows of one format, the first row's.
 
     Rows longer than `max_length` are left out whole, because a cut answer would teach the model not to stop; plain
     texts are cut into pieces instead. Rows that cannot be trained on are left out up to a small share. All is counted
-    in the result.
+    in the result. `of` counts the rows of the whole where these are a part of it, such as those held out: shares are of
+    the whole, so that the chance of one bad row in a small part ends no run.
 
     Raises:
         DataError: more than `examples.SHARE` of the rows are of another format, cannot be rendered, have no trained
             token, a stop token that is not trained, or a prompt that leaves no room for an answer (the message names
             the rows); more than `LONG_SHARE` of them are too long; or none is left.
     """
-    found = read_examples(rows, argument)
+    found, whole = read_examples(rows, argument, of), of or len(rows)
     files = tuple(dict.fromkeys(row.file for row in rows if isinstance(row, Placed) and row.file))
     data = EncodedData(
         [], found.format, max_length, found.read, style=template.style, files=files, faults=found.faults,
@@ -130,13 +133,15 @@ def encode_rows(rows: Sequence[Row], template: PromptTemplate, max_length: int, 
             f"{argument}: every row is longer than max_length={max_length} (the longest has {data.longest} tokens); "
             "raise max_length or shorten the rows"
         )
-    check_share(data.faults, data.read, argument)
-    if data.dropped > LONG_SHARE * data.read:
+    check_share(data.faults, whole, argument)
+    if data.dropped > LONG_SHARE * whole:
         raise DataError(
-            f"{argument}: {data.dropped:,} of {data.read:,} rows are longer than max_length={max_length} (the longest "
+            f"{argument}: {data.dropped:,} of {whole:,} rows are longer than max_length={max_length} (the longest "
             f"has {data.longest:,} tokens), more than the {LONG_SHARE:.0%} that are left out with a note; raise "
             "max_length, or shorten those rows or take them out"
         )
+    if not data.rows:  # a part of a whole whose few bad rows are all in it
+        raise DataError(f"{argument}: none of the {data.read:,} row(s) can be trained on\n{described(data.faults)}")
     return data
 
 

@@ -28,8 +28,8 @@ class Examples:
     unused: dict[str, int] = field(default_factory=dict)
 
 
-def read_examples(rows: Sequence[Row], argument: str = "data") -> Examples:
-    """Reads rows of one format, the first row's.
+def read_examples(rows: Sequence[Row], argument: str = "data", of: int | None = None) -> Examples:
+    """Reads rows of one format, the first row's. `of` counts the rows of the whole, where these are a part of it.
 
     Raises:
         DataError: the first row fits no format, more than `SHARE` of the rows cannot be read, or none is to be trained.
@@ -54,7 +54,7 @@ def read_examples(rows: Sequence[Row], argument: str = "data") -> Examples:
             found.marked += 1
         else:
             found.examples.append((place(row, number), example))
-    check_share(found.faults, len(rows), argument)
+    check_share(found.faults, of or len(rows), argument)
     if not found.examples:
         raise DataError(f"{argument}: every row is marked not to be trained (weight 0, train: false)")
     return found

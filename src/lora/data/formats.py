@@ -78,7 +78,8 @@ class RowFormat:
         """
         row = {name: value for name, value in row.items() if value is not None or name in self.fields}
         refuse_media(row)
-        _refuse_label(row, self.turns is None)
+        if answers:
+            _refuse_label(row, self.turns is None)
         used = {*self.fields, *self.more, *(MARKS if self.turns is None else _COMMON)}
         unused = tuple(name for name in row if name not in used)
         left_out = not marked(row)

@@ -34,7 +34,8 @@ class _Job(BaseModel):
 
     model: str = Field(description="Base model: a folder, or a name on the hub.", min_length=1)
     data: str = Field(
-        description="Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset (name[:split]).",
+        description="Training rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, gzipped or not, a folder of "
+        "them or one that `datasets` saved, or a hub dataset (name[:config][:split]).",
         min_length=1,
     )
     out: str = Field(description="Folder for the finished adapter.", min_length=1)
