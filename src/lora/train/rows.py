@@ -42,6 +42,8 @@ def run_rows(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> RunR
         held_out = list(read_rows(recipe.eval_data, argument))
     elif recipe.eval_share is not None:
         rows, held_out = hold_out(rows, recipe.eval_share, recipe.seed)
+    # Rows without use are tolerated as a share of the whole file, not of the part that they fell into.
+    whole = len(rows) + len(held_out) if recipe.eval_data is None else None
     template = None if recipe.task == "classify" else PromptTemplate(tokenizer, recipe.template)
     names = [] if template is not None else label_names([*rows, *held_out], recipe.model)
     most = max_positions(load_config(recipe.model)) if template is not None else longest_text(recipe.model, tokenizer)
@@ -51,7 +53,7 @@ def run_rows(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> RunR
         if template is None:
             found: EncodedData = encode_labelled(some, tokenizer, length, names, argument)
         else:
-            found = encode_rows(some, template, length, argument)
+            found = encode_rows(some, template, length, argument, of=whole)
         say(f"{argument}: {found}")
         return found
 

@@ -1,0 +1,24 @@
+"""The rows of a run: parted, encoded, and judged as the one file that they came from."""
+
+import json
+from pathlib import Path
+
+from lora.train.base import load_tokenizer
+from lora.train.recipe import Recipe
+from lora.train.rows import run_rows
+from tiny_base import save_tiny_base
+
+
+def test_rows_without_use_are_a_share_of_the_file_whichever_part_they_fall_into(tmp_path: Path) -> None:
+    base = str(save_tiny_base(tmp_path / "base"))
+    rows = [{"prompt": f"count {n}", "completion": "0 1 2" if n % 100 else " "} for n in range(1, 201)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tokenizer = load_tokenizer(base)
+    for seed in range(4):  # both bad rows fall into one half for some of them
+        recipe = Recipe.of(
+            model=base, data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), eval_share=0.5, seed=seed
+        )
+        said: list[str] = []
+        found = run_rows(recipe, tokenizer, said.append)
+        assert len(found.encoded.rows) + len(found.measured) == 198
+        assert "row 100: has no trained token" in "".join(said) and "row 200: has no" in "".join(said)
