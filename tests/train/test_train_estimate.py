@@ -1,7 +1,7 @@
 """Memory estimated before a run: beside peaks that were measured on cards, and beside a step that runs here."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,16 @@ def test_a_few_layers_tell_of_the_whole_model_to_the_byte(recipe: Make, changes:
     assert {n: s for n, s in few.parts.items() if s} == {n: s for n, s in whole.parts.items() if s}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two that wait for each other take half a minute on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("settings", "checkpointing"),
     [
