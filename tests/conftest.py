@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora import LoraError
 from lora.layers import hosts
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works, most of all on a busy machine
 
 
 def tiny_llama(**changes: object) -> nn.Module:

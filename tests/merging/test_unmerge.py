@@ -44,10 +44,10 @@ def test_unmerge_is_bit_exact_in_several_blocks_and_threads(
     merge(model)
     assert len(adapters_of(model.linear).undo.patches) == math.ceil(193 / 6)
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         lora.unmerge(model)
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
     assert same_bits(snapshot(model), before)
 
 

@@ -145,10 +145,10 @@ def test_unmerge_on_another_number_of_threads_and_in_blocks(
     merge(model)
     assert len(adapters_of(model.linear).undo.patches) == 33
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2)
         lora.unmerge(model)
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
     assert same_bits(snapshot(model), before)
 
 
