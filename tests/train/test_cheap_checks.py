@@ -95,7 +95,7 @@ def test_a_dry_run_tells_all(plan: Plan) -> None:
     text, error = dry_run(plan(eval_share=0.1, rslora=True, targets=["q_proj"], epochs=4, template="inst"))
     assert error is None
     for part in (
-        "base: llama, 8.0 M parameters", "data: prompt/completion, 20 rows, 2 of them held out",
+        "base: llama, 8.0 M parameters", "data: prompt/completion, 20 rows, about 2 of them held out",
         "adapter: lora, scaling 8 / sqrt(16) = 2, 65,536 parameters", "steps: 12 of 8 x 1 rows",
         "[INST] prompt [/INST]", "fifteen times full fine-tuning's",
     ):  # fmt: skip

@@ -72,7 +72,7 @@ def _facts(recipe: Recipe, facts: BaseFacts | None, found: Glance | None, rows: 
         data = f"a set on the hub; its format is {found.format}"
     else:
         held = held_out(recipe, found.rows)
-        data = f"{found.format}, {found.rows:,} rows" + (f", {held:,} of them held out" if held else "")
+        data = f"{found.format}, {found.rows:,} rows" + (f", about {held:,} of them held out" if held else "")
     config, trained = recipe.adapter(), adapter_parameters(recipe, facts)
     scale = f"{config.alpha:g} / {'sqrt(' if config.rslora else ''}{config.r}{')' if config.rslora else ''}"
     adapter = f"{config.update}, scaling {scale} = {config.scaling(''):g}"

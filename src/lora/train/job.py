@@ -17,9 +17,9 @@ from ..errors import LoraError, LoraWarning, NonFiniteError, OutOfMemoryError, S
 from . import finish, place, resume
 from .adapted import adapted, collator
 from .base import check_quantization, load_tokenizer, pick_dtype
-from .base_facts import read_facts
+from .base_facts import BaseFacts, read_facts
 from .checkpoints import Checkpoints, Identity
-from .defaults import resolved
+from .defaults import doubts, resolved
 from .feed import Feed, digest
 from .fit import largest_batch
 from .guard import Guard
@@ -91,7 +91,7 @@ class _Job:
 
     def run(self, wanted: str, without: Sequence[str]) -> Result:
         facts = read_facts(self.recipe.model)
-        self.recipe = recipe = resolved(self.recipe, facts).recipe
+        self.recipe = recipe = self._decided(facts)
         check_needs(recipe)
         check_trackers(recipe.track)
         check_quantization(recipe.model, recipe.quantize)
@@ -99,13 +99,18 @@ class _Job:
         resume.check_replaces(found, self.where, self.force)
         transformers.set_seed(recipe.seed)
         rows = run_rows(recipe, load_tokenizer(recipe.model), self.looks.watch.say)
-        self.recipe = recipe = resolved(self._fitted(rows, found), facts, len(rows.items)).recipe
+        self.recipe = self._fitted(rows, found)
+        self.recipe = recipe = self._decided(facts, len(rows.items))
         length = Length.of(recipe, len(rows.items))
         dtype, data = str(pick_dtype(recipe.dtype)).removeprefix("torch."), digest(rows.items)
         held_out = digest(rows.measured) if rows.measured else None
         if found is not None:
             resume.compare(found, recipe, data, held_out, dtype)
         model = adapted(recipe, rows.names, rows.tokenizer)
+        for doubt in doubts(
+            recipe, rows.encoded.trained, sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ):
+            self.say(doubt)
         identity = found.identity if found is not None else Identity(
             secrets.token_hex(8), time.time(), self.force, data, held_out, dtype, finish.trained_digest(model)
         )  # fmt: skip
@@ -115,6 +120,13 @@ class _Job:
         if found is None or not resume.is_over(found):
             self._train(trainer, saver)
         return self._finish(trainer, saver, rows)
+
+    def _decided(self, facts: BaseFacts | None, rows: int | None = None) -> Recipe:
+        """The recipe with the defaults that can be told by now, each said with its reason."""
+        decided = resolved(self.recipe, facts, rows)
+        for choice in decided.choices:
+            self.looks.watch.say(f"default {choice}")
+        return decided.recipe
 
     def _fitted(self, rows: RunRows, found: resume.Found | None) -> Recipe:
         """The recipe with the batch that fits into memory, where that is asked for; a resume has found it before."""
