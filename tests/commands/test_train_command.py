@@ -13,7 +13,7 @@ import pytest
 
 from lora.cli import main
 from lora.commands.settings import in_our_words, settings_of
-from lora.errors import LoraError
+from lora.errors import LoraError, Stopped
 from tiny_base import EXAMPLE
 
 Lora = Callable[..., tuple[int, str, str]]
@@ -175,6 +175,16 @@ def test_a_signal_within_a_command_is_no_traceback(cli: Lora, monkeypatch: pytes
         before = signal.getsignal(number)
         assert cli("train", *BASE) == (128 + number, "", "error: interrupted\n")
         assert signal.getsignal(number) is before
+
+
+def test_a_run_that_was_stopped_says_what_was_kept(cli: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **given: Any) -> None:
+        assert given["resume"] == "auto"
+        raise Stopped(signal.SIGTERM, "stopped by SIGTERM. All is in out/checkpoints")
+
+    monkeypatch.setattr("lora.train.job.run", stopped)
+    told = "error: stopped by SIGTERM. All is in out/checkpoints\n"
+    assert cli("train", *BASE, "--resume", "auto") == (143, "", told)
 
 
 @pytest.mark.parametrize("given", [None, "active"])
