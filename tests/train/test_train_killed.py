@@ -39,6 +39,7 @@ def started() -> Callable[[Recipe], BaseProcess]:
     return start
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_the_unbroken_one(
     tmp_path: Path, started: Callable[[Recipe], BaseProcess], kills: int

@@ -77,6 +77,7 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
         "adapter_config.json",
         "adapter_model.safetensors",
         "checkpoints",
+        "loss.png",
         "metrics.jsonl",
         "recipe.yaml",
         "run.json",

@@ -14,7 +14,7 @@ from rich.console import Console
 import lora
 
 from ..errors import LoraError, LoraWarning, NonFiniteError, OutOfMemoryError, Stopped
-from . import finish, place, resume
+from . import finish, picture, place, resume
 from .adapted import adapted, collator
 from .base import check_quantization, load_tokenizer, pick_dtype
 from .base_facts import BaseFacts, read_facts
@@ -221,6 +221,7 @@ class _Job:
         }  # fmt: skip
         finish.write_all({
             "metrics.jsonl": lambda: finish.move_metrics(self.where, folder),
+            "loss.png": lambda: picture.draw(folder),
             "run.json": lambda: finish.write_record(folder, self.recipe, record),
         })  # fmt: skip
         if why is not None:
