@@ -8,6 +8,7 @@ import torch
 
 import lora
 from lora import LoraConfig
+from lora.bases import loadable
 from lora.data.sound import Placed
 from lora.errors import DataError, LoraError
 from lora.train.base import load_tokenizer
@@ -139,3 +140,26 @@ def test_a_stored_classifier_keeps_its_labels(encoder: Path, tok: Any, tmp_path:
     again = load_classifier(str(tmp_path), ["good", "bad"], tok, torch.float32)
     assert torch.equal(again.classifier.weight, model.classifier.weight)
     assert with_head(LoraConfig(train=["classifier"]), again).train[0] == "classifier"
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_fresh_head_stays_out_of_the_quantization(encoder: Path, tok: Any, quantize: str) -> None:
+    """It would be a packed weight without values that trains nothing."""
+    pytest.importorskip("bitsandbytes")
+    model = load_classifier(str(encoder), ["bad", "good"], tok, torch.float32, quantize)
+    assert model.is_quantized
+    lora.inject(model, config=with_head(LoraConfig(targets=["query"]), model))
+    model.train()(**LabelCollator(0)(encode_labelled(ROWS, tok, 64, ["bad", "good"]).rows)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert type(model.classifier.weight.grad) is torch.Tensor
+
+
+def test_a_base_that_is_stored_quantized_has_no_place_for_a_head(encoder: Path, tok: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModel
+
+    settings = loadable()["nf4"].load_settings("nf4", torch.float32)
+    AutoModel.from_pretrained(encoder, quantization_config=settings).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(LoraError, match="is stored in nf4, in which a fresh head cannot be made; give"):
+        load_classifier(str(tmp_path), ["bad", "good"], tok, torch.float32)

@@ -110,10 +110,10 @@ class EightBit(BitsAndBytes):
             state.CB, state.SCB = self.parameter.data, state.SCB.to(self.parameter.device)
 
     @classmethod
-    def load_settings(cls, name: str, dtype: torch.dtype | str) -> Any:
+    def load_settings(cls, name: str, dtype: torch.dtype | str, skip: Sequence[str] = ()) -> Any:
         from transformers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip) or None)  # type: ignore[no-untyped-call]
 
     @classmethod
     def sample(cls, name: str, inputs: int, outputs: int) -> nn.Module:

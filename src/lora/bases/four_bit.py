@@ -165,11 +165,15 @@ class FourBit(BitsAndBytes):
             self.module.quant_state = self.parameter.quant_state  # type: ignore[attr-defined]  # moved along with it
 
     @classmethod
-    def load_settings(cls, name: str, dtype: torch.dtype | str) -> Any:
+    def load_settings(cls, name: str, dtype: torch.dtype | str, skip: Sequence[str] = ()) -> Any:
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type=name,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(skip) or None,
         )
 
     @classmethod

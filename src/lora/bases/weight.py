@@ -7,7 +7,7 @@ packed, a registered `ops.dequantize.Layout`. Nothing else in the library names 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -132,8 +132,8 @@ class FrozenWeight(ABC):
     loads: ClassVar[tuple[str, ...]] = ()  # the quantizations that it can be told to make
 
     @classmethod
-    def load_settings(cls, name: str, dtype: torch.dtype | str) -> Any:
-        """`quantization_config` for one of `loads`; dtype: of the products with the weights."""
+    def load_settings(cls, name: str, dtype: torch.dtype | str, skip: Sequence[str] = ()) -> Any:
+        """`quantization_config` for one of `loads`; dtype: of the products with the weights; skip: modules left out."""
         raise NotImplementedError
 
     @classmethod

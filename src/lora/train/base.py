@@ -1,7 +1,8 @@
 """The base model and its tokenizer, loaded with errors that say what to do."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,14 @@ def load_base(
         place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         options["device_map"] = {"": place if device is None else device}
     if stored is None and quantize != "none":
-        options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype)
+        skip = _heads_to_be(name) if labels else ()
+        options["quantization_config"] = loadable()[quantize].load_settings(quantize, dtype, skip)
     if labels:
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: i for i, label in enumerate(labels)}
     kind_of_model = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    model, info = _read(kind_of_model, name, dtype=dtype, output_loading_info=True, **options)
+    with _no_packed_head(name, stored if labels else None):
+        model, info = _read(kind_of_model, name, dtype=dtype, output_loading_info=True, **options)
     if not labels:  # a classifier's head is new, and a pooler may be
         _check_weights(name, info)
     if getattr(model.config, "auto_map", None):
@@ -66,6 +69,36 @@ def load_base(
         if isinstance(dtype, torch.dtype):
             _cast(model, dtype)
     return model
+
+
+@contextmanager
+def _no_packed_head(name: str, stored: str | None) -> Iterator[None]:
+    """Within it, a classifier is loaded. Raises `LoraError` where the stored quantization would take its fresh head."""
+    try:
+        yield
+    except NotImplementedError as error:  # a packed weight cannot be drawn
+        if stored is None:
+            raise
+        raise LoraError(
+            f"model: {name!r} is stored in {stored}, in which a fresh head cannot be made; give the model from before "
+            f"it was quantized, with quantize={stored!r}"
+        ) from error
+
+
+def task_head(model: Any) -> list[str]:
+    """The modules beside the model's body, as transformers calls it, that have parameters."""
+    body = getattr(model, "base_model_prefix", "")
+    return [name for name, module in model._modules.items() if name != body and any(True for _ in module.parameters())]
+
+
+def _heads_to_be(name: str) -> list[str]:
+    """What a classifier of this model may have to make anew, which must not be quantized: it trains whole."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        make: Any = AutoModelForSequenceClassification.from_config
+        model = make(load_config(name))
+    return [*task_head(model), *(found for found, _ in model.named_modules() if found.endswith("pooler"))]
 
 
 def check_quantization(name: str, quantize: str) -> tuple[str | None, type[FrozenWeight] | None]:

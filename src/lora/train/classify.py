@@ -17,7 +17,7 @@ from ..data.labels import labelled_format, labelled_texts
 from ..data.sound import Row, named_rows, place, shown
 from ..errors import DataError, LoraError
 from ..layers.left_out import fresh_modules
-from .base import load_base, load_config, max_positions
+from .base import load_base, load_config, max_positions, task_head
 
 _MANY = 100  # from so many labels on, they may be at most half as many as the rows
 
@@ -147,10 +147,7 @@ def head_modules(model: Any) -> list[str]:
 
     The body is what transformers calls so; what it marks as fresh covers a pooler that the stored model lacks.
     """
-    body = getattr(model, "base_model_prefix", "")
-    beside = [
-        name for name, module in model._modules.items() if name != body and next(module.parameters(), None) is not None
-    ]
+    beside = task_head(model)
     fresh = [name for name in fresh_modules(model) if name.partition(".")[0] not in beside]
     return [*beside, *fresh]
 
