@@ -76,8 +76,8 @@ def _no_packed_head(name: str, stored: str | None) -> Iterator[None]:
     """Within it, a classifier is loaded. Raises `LoraError` where the stored quantization would take its fresh head."""
     try:
         yield
-    except NotImplementedError as error:  # a packed weight cannot be drawn
-        if stored is None:
+    except LoraError as error:
+        if stored is None or not isinstance(error.__cause__, NotImplementedError):  # a packed weight cannot be drawn
             raise
         raise LoraError(
             f"model: {name!r} is stored in {stored}, in which a fresh head cannot be made; give the model from before "
