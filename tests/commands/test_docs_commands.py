@@ -9,7 +9,7 @@ import typer
 from lora.commands import app
 from tiny_base import ROOT
 
-TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").replace("\\\n", " ")
 SHOWN = re.findall(r"^lora .*$", "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)), re.M)
 SHOWN += re.findall(r"`(lora [a-z]+ -?[^`]+)`", TEXT)
 
