@@ -11,7 +11,6 @@ from tiny_base import ROOT
 
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").replace("\\\n", " ")
 SHOWN = re.findall(r"^lora .*$", "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S)), re.M)
-SHOWN += re.findall(r"`(lora [a-z]+ -?[^`]+)`", TEXT)
 
 
 @pytest.mark.parametrize("line", sorted(set(SHOWN)))
