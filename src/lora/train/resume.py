@@ -111,7 +111,8 @@ def _wrong(folder: Path) -> dict[str, str]:
 def _described(folder: Path, wrong: dict[str, str]) -> str:
     text = f"{str(folder)!r}: {'; '.join(wrong.values())}"
     if wrong and not set(wrong) - set(SPARE):
-        text += f"; --resume-without {','.join(wrong)} goes on without"
+        flags = " ".join(f"--resume-without {part}" for part in wrong)
+        text += f"; {flags} goes on without"
     return text
 
 
