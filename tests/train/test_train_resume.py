@@ -82,6 +82,17 @@ def test_a_finished_run_says_so(unbroken: Recipe) -> None:
     assert {path for path in after if after[path] != before[path]} <= {Path(unbroken.out) / "checkpoints" / "lock"}
 
 
+def test_a_run_that_was_killed_after_its_last_step_is_finished(unbroken: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(Path(unbroken.out) / "checkpoints", out / "checkpoints")
+    with said("resume: from"):
+        result = run(change(unbroken, out=str(out)), resume="auto")
+    assert same(out, unbroken.out)
+    assert curve(out) == curve(unbroken.out)
+    record = json.loads((Path(unbroken.out) / "run.json").read_text())
+    assert {**result.metrics, "seconds": 0} == {**record["metrics"], "seconds": 0}
+
+
 def test_the_newest_whole_one_is_taken_and_what_is_passed_over_is_said(
     unbroken: Recipe, copy: Recipe, tmp_path: Path
 ) -> None:

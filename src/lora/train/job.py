@@ -117,7 +117,9 @@ class _Job:
         trainer, saver = self._trainer(model, rows, length, identity, found)
         if recipe.packing:
             check_packing(model)  # where Trainer has moved it: flash attention runs on a GPU alone
-        if found is None or not resume.is_over(found):
+        if found is not None and resume.is_over(found):
+            resume.restore_counts(found, trainer, self.looks.kept)
+        else:
             self._train(trainer, saver)
         return self._finish(trainer, saver, rows)
 

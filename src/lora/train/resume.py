@@ -181,13 +181,8 @@ def restore_metrics(found: Found, place: Place) -> None:
 
 
 def restore_run(found: Found, trainer: LoraTrainer, kept: Sequence[RunCallback]) -> None:
-    """All but the adapter: the optimizer, the schedule, the place in the rows, the random numbers, the counts."""
-    state = found.state
-    trainer.state.global_step = found.step
-    trainer.feed.position = trainer.position = state["position"]
-    trainer.guard.skipped = state["skipped"]
-    trainer.micro.size = min(trainer.micro.size, state["micro"]["size"])
-    trainer.micro.parts = max(trainer.micro.parts, state["micro"]["parts"])
+    """All but the adapter: the counts, the optimizer, the schedule, the random numbers."""
+    restore_counts(found, trainer, kept)
     assert trainer.lr_scheduler is not None
     if "optimizer" not in found.without:
         load_optimizer(trainer, read_tree(found.folder, "optimizer"))
@@ -200,5 +195,15 @@ def restore_run(found: Found, trainer: LoraTrainer, kept: Sequence[RunCallback])
         group["lr"] = lr  # of a fresh optimizer it is the first step's
     if "random" not in found.without:
         trainer.random = Generators.of(json.loads((found.folder / RANDOM_FILE).read_bytes()))
+
+
+def restore_counts(found: Found, trainer: LoraTrainer, kept: Sequence[RunCallback]) -> None:
+    """What tells of a run: the step, the place in the rows, the micro-batches, and what its callbacks have counted."""
+    state = found.state
+    trainer.state.global_step = found.step
+    trainer.feed.position = trainer.position = state["position"]
+    trainer.guard.skipped = state["skipped"]
+    trainer.micro.size = min(trainer.micro.size, state["micro"]["size"])
+    trainer.micro.parts = max(trainer.micro.parts, state["micro"]["parts"])
     for each in kept:
         each.restore(state["callbacks"].get(type(each).__name__, {}))
