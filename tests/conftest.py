@@ -1,6 +1,7 @@
 """Tiny models of three architectures, and what tests do to them."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from lora import LoraError
 from lora.layers import hosts
 
 torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works, most of all on a busy machine
+# A shell that starts the tests in the background has them ignore these, and what they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def tiny_llama(**changes: object) -> nn.Module:

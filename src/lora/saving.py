@@ -76,7 +76,7 @@ def contents(root: nn.Module, adapter: Adapter) -> Contents:
         adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
         targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
         fan_in_fan_out=any(weight.transposed for weight in weights.values()),
-        base_name=getattr(root, "name_or_path", None), task_type=task_type(root),
+        base_name=getattr(root, "name_or_path", None), task_type=task_type(root, adapter.config.train),
     )  # fmt: skip
     return Contents(config, tensors, weights)
 

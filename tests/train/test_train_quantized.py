@@ -30,6 +30,7 @@ from lora.train.adapted import adapted
 from lora.train.base import load_base
 from lora.train.length import Length
 from lora.train.quiet import quiet
+from lora.train.watch import Watch
 from tiny_base import save_tiny_base
 
 ROWS = [{"prompt": f"count {n}", "completion": " ".join(map(str, range(n)))} for n in range(1, 13)]
@@ -223,10 +224,8 @@ def test_without_bitsandbytes_it_says_what_to_install(
 def optimizer_of(monkeypatch: pytest.MonkeyPatch, plan: Recipe) -> Any:
     """The optimizer that a run of this recipe used."""
     seen: list[Any] = []
-    end = job_module.Watch.on_train_end
-    monkeypatch.setattr(
-        job_module.Watch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1]
-    )
+    end = Watch.on_train_end
+    monkeypatch.setattr(Watch, "on_train_end", lambda *a, **k: (seen.append(k["optimizer"]), end(*a, **k))[1])
     run(plan, force=True)
     return seen[0].optimizer
 

@@ -6,6 +6,7 @@ import typer
 
 from .. import __version__
 from .chat import chat
+from .check import check
 from .data import app as data
 from .doctor import doctor
 from .estimate import estimate
@@ -45,6 +46,7 @@ app.command()(recipes)
 app.command()(generate)
 app.command()(chat)
 app.command("eval")(evaluate)
+app.command()(check)
 app.command()(merge)
 app.command()(inspect)
 app.command()(estimate)

@@ -196,13 +196,16 @@ def selector(pattern: str | Collection[str] | None, full: bool = False) -> Calla
     return lambda name: name in ends or any(name[i + 1 :] in ends for i, c in enumerate(name) if c == ".")
 
 
-def task_type(root: object) -> str | None:
-    """PEFT's word for what a model does, by its class."""
+def task_type(root: object, trained: Collection[str]) -> str | None:
+    """PEFT's word for what a model does, by its class. trained: the names of the modules that are trained whole.
+
+    A classifier is called one where the head is in the file: PEFT then reads it from there, and fails without it.
+    """
     name = type(root).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     if name.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
+        return "SEQ_CLS" if {"classifier", "score"} & {each.rpartition(".")[2] for each in trained} else None
     return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") and hasattr(root, "get_encoder") else None
 
 

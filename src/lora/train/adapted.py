@@ -24,13 +24,8 @@ def adapted(recipe: Recipe, names: list[str] | None = None, tokenizer: Any = Non
     Raises:
         LoraError: the model cannot be loaded, or does not take what the recipe asks for.
     """
-    dtype, config = pick_dtype(recipe.dtype), recipe.adapter()
-    if names:
-        model = load_classifier(recipe.model, names, tokenizer, dtype, recipe.quantize)
-        config = with_head(config, model)
-    else:
-        model = load_base(recipe.model, dtype, recipe.quantize)
-    lora.inject(model, config=config)
+    model, config = fresh_base(recipe, names, tokenizer), recipe.adapter()
+    lora.inject(model, config=with_head(config, model) if names else config)
     if recipe.liger:
         check_liger(model)
     if recipe.offload and not getattr(model, "is_quantized", False):
@@ -39,6 +34,14 @@ def adapted(recipe: Recipe, names: list[str] | None = None, tokenizer: Any = Non
     if recipe.packing and names:
         raise LoraError("packing: a classifier reads a label from each row, and packs would join them; leave it out")
     return model
+
+
+def fresh_base(recipe: Recipe, names: list[str] | None = None, tokenizer: Any = None) -> Any:
+    """The recipe's base as it is loaded, with no adapter; with `names`, a classifier of these labels."""
+    dtype = pick_dtype(recipe.dtype)
+    if names:
+        return load_classifier(recipe.model, names, tokenizer, dtype, recipe.quantize)
+    return load_base(recipe.model, dtype, recipe.quantize)
 
 
 def collator(recipe: Recipe, model: Any, rows: RunRows) -> Collate:

@@ -138,7 +138,8 @@ def load_classifier(
 
 def pad_id(model: Any, tokenizer: Any) -> int:
     """What pads a row: the model's own where it has one."""
-    known = (model.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    own = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer is not None else ()
+    known = (model.config.get_text_config().pad_token_id, *own, 0)
     return next(int(token) for token in known if token is not None)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerState
@@ -26,7 +26,7 @@ from .watch import Watch
 
 SAMPLES_FILE = "samples.jsonl"
 _LONGEST_SAMPLE = 128  # tokens of an answer in the report, and of a plain text that is gone on with
-Measure = Callable[[Any], Mapping[str, float]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Evaluations(RunCallback):
         return self.best_loss if math.isfinite(self.best_loss) else None
 
 
-def spread(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+def spread(rows: Sequence[T], count: int) -> list[T]:
     """`count` of the rows at even distances, or all of them."""
     count = min(count, len(rows))
     return [rows[place * len(rows) // count] for place in range(count)]

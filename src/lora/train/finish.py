@@ -19,11 +19,16 @@ from ..errors import CheckError, LoraError, LoraWarning
 from ..files.commit import replaced, told
 from ..files.fingerprint import quantization
 from ..layers.host import base_modules
+from . import picture
 from .evaluations import SAMPLES_FILE
+from .examine import examined
 from .metrics import METRICS_FILE
+from .outcome import Outcome
 from .place import Place
+from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
 from .rows import RunRows
+from .trainer import LoraTrainer
 
 
 def trained_digest(model: Any) -> str:
@@ -65,6 +70,26 @@ def save_adapter(model: Any, place: Place) -> tuple[Path, str | None]:
         with suppress(OSError):
             folder.rmdir()
     raise LoraError(f"out: the adapter could be saved neither there nor in the temporary folder: {why}")
+
+
+def conclude(
+    recipe: Recipe, place: Place, folder: Path, record: dict[str, Any], trainer: LoraTrainer, rows: RunRows
+) -> Outcome | None:
+    """Asks whether it worked, where the recipe wants it, and writes all that stands beside the adapter.
+
+    The model is of no more use where it was asked. run.json comes last: its being there says that the run is finished.
+    """
+    outcome = None
+    if recipe.check:
+        with quiet():
+            outcome, probe = examined(recipe, folder, trainer.model, rows, trainer.length)
+        record |= {"outcome": outcome.to_json(), "probe": probe.record()}
+    write_all({
+        "metrics.jsonl": lambda: move_metrics(place, folder),
+        "loss.png": lambda: picture.draw(folder),
+        "run.json": lambda: write_record(folder, recipe, record),
+    })  # fmt: skip
+    return outcome
 
 
 def write_all(writers: dict[str, Callable[[], object]]) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 import lora
 
 from ..errors import LoraError, LoraWarning, NonFiniteError, OutOfMemoryError, Stopped
-from . import finish, picture, place, resume
+from . import finish, place, resume
 from .adapted import adapted, collator
 from .base import check_quantization, load_tokenizer, pick_dtype
 from .base_facts import BaseFacts, read_facts
@@ -71,7 +71,7 @@ def run(
         LoraError: anything wrong with the model, the data or the settings, before the first step.
         NonFiniteError: the loss or its gradient was NaN or infinite, `max_bad_steps` times in a row.
         OutOfMemoryError: not even one row at a time fits into memory.
-        CheckError: the run has changed nothing.
+        CheckError: the run has changed nothing (then nothing is saved), or its adapter did not pass the check.
         Stopped: a `KeyboardInterrupt`: Ctrl-C, SIGTERM or SIGHUP.
     """
     signals = Signals()
@@ -221,13 +221,12 @@ class _Job:
             "skipped_steps": trainer.guard.skipped, "micro_batch": trainer.micro.size, "dtype": identity.dtype,
             "metrics": metrics,
         }  # fmt: skip
-        finish.write_all({
-            "metrics.jsonl": lambda: finish.move_metrics(self.where, folder),
-            "loss.png": lambda: picture.draw(folder),
-            "run.json": lambda: finish.write_record(folder, self.recipe, record),
-        })  # fmt: skip
+        outcome = finish.conclude(self.recipe, self.where, folder, record, trainer, rows)
         if why is not None:
             raise LoraError(f"{why}. The adapter is in {str(folder)!r} instead")
+        if outcome is not None:
+            lines += map(str, outcome.lines)
+            outcome.judge(folder)
         return Result(folder, metrics, lines)
 
 
