@@ -58,6 +58,7 @@ NAMED_ELSEWHERE = {
     "train/names.py": {"nf4": "4 bits elsewhere", "int8": "8 bits elsewhere", "dora": "a setting's other names"},
     "train/readings.py": {"nf4": "4 bits elsewhere", "int8": "8 bits elsewhere"},
     "train/recipe.py": {"nf4": "the choices of a setting", "int8": "the choices of a setting", "dora": "two settings"},
+    "train/card.py": {"DoRA": "what vLLM does not serve"},
     "commands/answering.py": {"nf4": "the help of a flag", "int8": "the help of a flag"},
 }
 # The libraries that make quantized weights, and what their classes and attributes are called.
