@@ -226,6 +226,7 @@ def test_a_run_that_gets_no_better_stops(tmp_path: Path) -> None:
 def test_without_patience_it_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, dict.fromkeys(range(10), 1.0), every=1).go()
     assert (run.state.global_step, run.evaluations.stopped_early) == (9, False)
+    assert run.evaluations.best_step == 1  # as good as the best is no better
 
 
 def test_what_is_best_and_how_long_ago_survives_a_resume(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lora.data.encode import Encoded, encode_rows
 from lora.data.template import PromptTemplate
 from lora.errors import CheckError
 from lora.train import outcome as module
+from lora.train.answers import Answer
 from lora.train.base import load_base
 from lora.train.losses import held_out_loss
 from lora.train.outcome import Material, Outcome, check, spend
@@ -166,6 +167,15 @@ def test_an_answer_that_is_too_long_is_not_waited_for(load: Load, template: Prom
     long = encode_rows([{"prompt": "a", "completion": "so " * 60}], template, 128).rows
     line = module._stops(load(), Material(long, long, template, None))
     assert (line.verdict, "too long to wait for" in line.text) == ("not judged", True)
+
+
+def test_an_answer_that_was_cut_off_did_not_end(
+    load: Load, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short for want of room in the model, not for a stop token."""
+    monkeypatch.setattr(module, "answers", lambda model, template, asked, *sizes: [Answer([5], False) for _ in asked])
+    line = module._stops(load(), material)
+    assert (line.verdict, "0 of 6 answers" in line.text) == ("failed", True)
 
 
 def test_without_a_record_the_read_back_is_told_and_not_judged(load: Load) -> None:
