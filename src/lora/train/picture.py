@@ -61,12 +61,9 @@ def _draw_losses(axes: Any, steps: Sequence[dict[str, Any]], evaluations: Sequen
     if evaluations:
         places = [line["step"] for line in evaluations]
         found = [float(line["eval_loss"]) for line in evaluations]
-        axes.plot(places, found, color=_EVAL, linewidth=1.2, marker="D", markersize=5, label="held-out rows")
-        best = min(range(len(found)), key=found.__getitem__)
-        axes.annotate(
-            f"{found[best]:.3f}", (places[best], found[best]), textcoords="offset points", xytext=(0, 9),
-            ha="center", fontsize=9, color=_EVAL, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
+        best = min(range(len(found)), key=found.__getitem__)  # in the legend: beside its point it would cover others
+        label = f"held-out rows (best {found[best]:.3f}, step {places[best]:,})"
+        axes.plot(places, found, color=_EVAL, linewidth=1.2, marker="D", markersize=5, label=label)
     axes.set_ylabel("loss (mean over trained tokens)", color=_INK)
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
 
