@@ -74,12 +74,14 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
     result = run(plan)
     assert result.metrics["loss"] < 0.6 * first
     assert sorted(path.name for path in result.out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "checkpoints",
         "loss.png",
         "metrics.jsonl",
         "recipe.yaml",
+        "report.md",
         "run.json",
     ]
     written = load_recipe(result.out / "recipe.yaml")  # what was open is decided there

@@ -19,7 +19,7 @@ from ..errors import CheckError, LoraError, LoraWarning
 from ..files.commit import replaced, told
 from ..files.fingerprint import quantization
 from ..layers.host import base_modules
-from . import picture
+from . import card, picture, report_page
 from .evaluations import SAMPLES_FILE
 from .examine import examined
 from .metrics import METRICS_FILE
@@ -77,7 +77,7 @@ def conclude(
 ) -> Outcome | None:
     """Asks whether it worked, where the recipe wants it, and writes all that stands beside the adapter.
 
-    The model is of no more use where it was asked. run.json comes last: its being there says that the run is finished.
+    The model is of no more use where it was asked. Where run.json is there, the run is finished; the pages read it.
     """
     outcome = None
     if recipe.check:
@@ -88,8 +88,16 @@ def conclude(
         "metrics.jsonl": lambda: move_metrics(place, folder),
         "loss.png": lambda: picture.draw(folder),
         "run.json": lambda: write_record(folder, recipe, record),
+        "report.md": lambda: report_page.write(folder),
+        "README.md": lambda: _card(folder),
     })  # fmt: skip
     return outcome
+
+
+def _card(folder: Path) -> None:
+    kept = card.write(folder)
+    if kept is not None:
+        warnings.warn(f"out: {kept}", LoraWarning, stacklevel=2)
 
 
 def write_all(writers: dict[str, Callable[[], object]]) -> None:
