@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -64,6 +65,36 @@ def test_bleu_counts_every_reference(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert demo.bleu("b.jsonl") == pytest.approx(100.0)
 
 
+def test_facts_are_copied_letter_for_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    prompt = "name: Blue Spice | Type: pub | food: Thai | near: Café Rouge"
+    answers = ["Blue Spice is a pub near café rouge.", "Blue Spica serves Thai food by Café Rouges."]
+    rows = [{"prompt": prompt, "generated": answer} for answer in answers]
+    rows.append({"prompt": "name: Zizzi", "generated": "Zizzi"})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert demo.copied("a.jsonl") == {"name": (2, 3), "near": (2, 2), "food": (1, 2)}
+
+
+def test_an_exchanged_row_says_of_another_place_what_it_said() -> None:
+    meaning = "name: Aromi | Type: coffee shop | food: English | area: riverside | near: Café Sicilia"
+    text = "Aromi is an English coffee shop by the river, near Café Sicilia."
+    assert prepare.told(meaning, text)
+    assert not prepare.told(meaning, text + " Its coffee is good.")  # which would not fit a pub
+    assert not prepare.told(meaning, text.replace("English ", ""))
+    new, said = prepare.exchanged(meaning, text, random.Random(1), ["Lantern"])
+    facts = prepare.facts(new)
+    assert list(facts) == list(prepare.facts(meaning)) and facts["area"] == "riverside"
+    assert prepare.told(new, said) or facts["Type"] in ("pub", "restaurant")  # words that told looks for
+    assert not {"Aromi", "Café Sicilia"} & {facts["name"], facts["near"]}
+
+
+def test_no_word_of_the_held_out_names_is_in_a_made_up_one() -> None:
+    held_out = [str(row["prompt"]) for row in lines("test.jsonl")]
+    known = prepare.known_words(held_out)
+    names = {word for m in held_out for f in ("name", "near") for word in prepare.facts(m).get(f, "").lower().split()}
+    assert len(known) > 500 and not names & {word.lower() for word in known}
+
+
 def _only(row: dict[str, object]) -> dict[str, object]:
     return {"references": row["references"]}
 
@@ -79,7 +110,9 @@ def test_the_whole_demo_in_a_few_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for command in ("lora generate", "lora train", "lora inspect", "lora merge"):
         assert f"$ {command} " in done.stdout
-    assert re.search(r"BLEU before: \d+\.\d   after: \d+\.\d", done.stdout)
+    assert (
+        len(re.findall(r"(?:before|after): BLEU +\d+\.\d, facts copied \d+ of \d+ \(name \d of 4, ", done.stdout)) == 3
+    )
     assert "same, to the character: 4 of 4" in done.stdout
     assert f"The adapter is in {tmp_path}/adapter" in done.stdout
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
