@@ -66,6 +66,8 @@ def test_what_is_set_is_read_as_its_field() -> None:
     with pytest.raises(LoraError, match=r"lr: given twice, as 0.1 and '0.2'"):
         settings_of({"lr": 0.1}, ["lr=0.2"])
     assert settings_of({"lr": 0.1}, ["lr=0.1"])["lr"] == "0.1"
+    with pytest.raises(LoraError, match=r"^--set targets: '\[q_proj,v_proj' is no list or mapping of YAML: .*line 1"):
+        settings_of({}, ["targets=[q_proj,v_proj"])
 
 
 def test_a_dry_run_of_flags_and_other_names(cli: Lora) -> None:

@@ -1,5 +1,6 @@
 """A recipe in other tools' words: what is taken, what is said, and what is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +41,6 @@ MEANT: list[tuple[str, Any, dict[str, Any]]] = [
     ("use_gradient_checkpointing", "unsloth", {"gradient_checkpointing": True, "offload": True}),
     ("report_to", "none", {"track": []}),
     ("task_type", "CAUSAL_LM", {"task": "generate"}),
-    ("max_steps", -1, {}),
     ("save_steps", 50, {"save_every": 50}),
     ("train_on_inputs", False, {}),
     ("stage", "sft", {}),
@@ -92,6 +92,28 @@ def test_a_whole_recipe_of_another_tool() -> None:
     recipe = Recipe.of(**fields)
     assert (recipe.data, recipe.quantize, recipe.packing, recipe.schedule) == ("rows.jsonl", "nf4", True, "cosine")
     assert len(notes) == len(axolotl) - 1
+
+
+def test_no_limit_of_steps_is_another_tool_s_word_alone(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    text = "model: m\ndata: d\nout: o\nmax_steps: -1\n"
+    file.write_text(text + "num_train_epochs: 2\n")
+    with said("max_steps of -1 is no limit there, and left out: epochs set the length"):
+        assert (recipe := load_recipe(file)).max_steps is None and recipe.epochs == 2
+    file.write_text(text)
+    for steps in (0, -1):
+        with pytest.raises(LoraError, match=f"max_steps is {steps}; it must be at least 1"):
+            load_recipe(None, {**NEEDED, "max_steps": steps})
+        typed = {"max_steps": steps, "learning_rate": 1e-4}
+        assert understood(typed, Recipe.model_fields, typed=True)[0] == {"max_steps": steps, "lr": 1e-4}
+    with pytest.raises(LoraError, match="max_steps is -1; it must be at least 1"):
+        load_recipe(file)
+
+
+def test_what_is_understood_and_refused_is_not_called_otherwise() -> None:
+    for given in ({"lr": 1e-4, "learning_rate": 1e-3}, {"deepspeed": "x"}):
+        with pytest.raises(LoraError, match="^names of other tools: 1 refused\n"):
+            load_recipe(None, {**NEEDED, **given})
 
 
 def test_one_field_under_two_names_is_one_value() -> None:

@@ -242,8 +242,8 @@ def test_the_command_prints_a_table_or_json(configs: dict[str, Path], tmp_path: 
     found = json.loads(run(app, ["estimate", *words, "--device", "cpu", "--json"]).output)
     assert found["device"] == "cpu" and found["peak"] == sum(found["parts"].values())
     file = tmp_path / "recipe.yaml"
-    text = f"model: {configs['small']}\ndata: d\nout: o\nr: 4\ntargets: all-linear\nbatch_size: 2\nmax_length: 64\n"
-    file.write_text(text)
+    text = f"model: {configs['small']}\nr: 4\ntargets: all-linear\nbatch_size: 2\nmax_length: 64\n"
+    file.write_text(text)  # data and out are left out: nothing is trained
     again = json.loads(run(app, ["estimate", str(file), "--device", "cpu", "--json"]).output)
     assert again["peak"] == found["peak"]
     assert isinstance(run(app, ["estimate", *words, "--device", "tpu"]).exception, LoraError)

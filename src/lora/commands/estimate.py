@@ -17,7 +17,7 @@ FIELDS = [
 ]  # fmt: skip
 RECIPES = (".yaml", ".yml")
 NEED_A_GPU = ("offload", "liger")
-_NOTHING = {"data": "-", "out": "-"}  # fields without which there is no recipe, and which change no memory
+_NOTHING = {"data": "-", "out": "-"}  # needed in a recipe, without meaning here: nothing is read, trained or written
 
 
 def estimate(
@@ -42,7 +42,7 @@ def estimate(
         raise LoraError(f"device is {device!r}; allowed: auto, cuda, cpu")
     given = {name: parsed(name, value) for name, value in flags.items() if value is not None}
     if source.endswith(RECIPES):
-        recipe = load_recipe(Path(source), given)
+        recipe = load_recipe(Path(source), {**_NOTHING, **given})
     else:
         recipe = load_recipe(None, {**_NOTHING, "model": source, **given})
 

@@ -31,7 +31,10 @@ def settings_of(flags: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any
 
 def _value(name: str, text: str) -> Any:
     if text.startswith(("[", "{")):
-        return read_yaml(text)
+        try:
+            return read_yaml(text)
+        except LoraError as error:
+            raise LoraError(f"--set {name}: {text[:80]!r} is no list or mapping of YAML: {error}") from error
     if scalar(text) is None:
         return None
     return parsed(name, text) if name in Recipe.model_fields else scalar(text)

@@ -30,10 +30,13 @@ from .readings import (
 )  # fmt: skip
 
 
-def understood(given: Mapping[str, Any], ours: Iterable[str]) -> tuple[Fields, list[str]]:
+def understood(given: Mapping[str, Any], ours: Iterable[str], typed: bool = False) -> tuple[Fields, list[str]]:
     """The settings in our words, and a sentence for each that had another name.
 
     What is neither ours nor known from elsewhere stays as it is, for the recipe to refuse.
+
+    Args:
+        typed: they are flags or arguments of ours, not a file that another tool may have written.
 
     Raises:
         LoraError: settings whose meaning we lack, or two names of one field with two values; all of them at once.
@@ -42,8 +45,9 @@ def understood(given: Mapping[str, Any], ours: Iterable[str]) -> tuple[Fields, l
     fields: Fields = {}
     said_by: dict[str, str] = {}
     notes, mistakes = [], []
+    theirs = not typed and any(name not in own and name in KNOWN for name in given)
     for name, value in given.items():
-        reading = None if name in own and not _foreign_value(name, value) else KNOWN.get(name)
+        reading = None if name in own and not _foreign_value(name, value, theirs) else KNOWN.get(name)
         try:
             meant = {name: value} if reading is None else reading(name, value)
         except LoraError as error:
@@ -57,9 +61,10 @@ def understood(given: Mapping[str, Any], ours: Iterable[str]) -> tuple[Fields, l
                 )
             fields[field], said_by[field] = new, name
         if reading is not None:
-            notes.append(f"{name} is {_words(meant, value)} here" if meant else f"{name} changes nothing here")
+            nothing = _NO_LIMIT if name == "max_steps" else "changes nothing here"
+            notes.append(f"{name} is {_words(meant, value)} here" if meant else f"{name} {nothing}")
     if mistakes:
-        raise LoraError("\n  - ".join([f"names of other tools: {len(mistakes)} not understood", *mistakes]))
+        raise LoraError("\n  - ".join([f"names of other tools: {len(mistakes)} refused", *mistakes]))
     return fields, notes
 
 
@@ -83,9 +88,9 @@ def _same(one: Any, other: Any) -> bool:
     return bool(plain(one) == plain(other))
 
 
-def _foreign_value(name: str, value: Any) -> bool:
-    """Whether a name that is ours as well has a value that only others write."""
-    return name in _OUR_NAMES_ELSEWHERE and str(value) in _OUR_NAMES_ELSEWHERE[name]
+def _foreign_value(name: str, value: Any, theirs: bool) -> bool:
+    """Whether a name that is ours as well has a value that only others write; `theirs`: among names of others."""
+    return (theirs or name not in _ONLY_AMONG_THEIRS) and str(value) in _OUR_NAMES_ELSEWHERE.get(name, ())
 
 
 _DTYPE = choice(
@@ -185,8 +190,10 @@ _OUR_NAMES_ELSEWHERE = {
     "dtype": ("float32", "float", "bfloat16", "float16", "half", "torch.float32", "torch.bfloat16", "torch.float16"),
     "optimizer": ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_8bit", "paged_adamw_32bit"),
     "gradient_checkpointing": ("unsloth",),
-    "max_steps": ("-1", "0"),
+    "max_steps": ("-1",),
 }
+_ONLY_AMONG_THEIRS = {"max_steps"}  # elsewhere the value is a mistake
+_NO_LIMIT = "of -1 is no limit there, and left out: epochs set the length"
 _SWITCHES = frozenset(
     """load_in_4bit load_in_8bit lora_target_linear use_dora peft_use_dora use_rslora peft_use_rslora bf16 fp16
     sample_packing use_liger_kernel use_liger enable_liger_kernel do_train full_finetuning fan_in_fan_out

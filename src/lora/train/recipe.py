@@ -213,7 +213,7 @@ def load_recipe(
         raise LoraError("recipes: give the name of one of its recipes as well; lora recipes --recipes FILE lists them")
     said = {} if source is None else written(source, None if recipes is None else Path(recipes))
     fields, notes = _understood(said)
-    over, more = _understood(overrides or {})
+    over, more = _understood(overrides or {}, typed=True)
     for given, replaced in _EITHER + [pair[::-1] for pair in _EITHER]:
         if given in over and replaced not in over:
             fields.pop(replaced, None)
@@ -222,8 +222,8 @@ def load_recipe(
     return _validated(fields | over, "recipe" if source is None else str(source))
 
 
-def _understood(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    return understood(given, Recipe.model_fields)
+def _understood(given: Mapping[str, Any], typed: bool = False) -> tuple[dict[str, Any], list[str]]:
+    return understood(given, Recipe.model_fields, typed)
 
 
 def _validated(fields: dict[str, Any], source: str) -> Recipe:
@@ -254,6 +254,7 @@ def _sentence(field: str, error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     message = error["msg"].removeprefix("Input should be ")
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     return f"{field} is {_shown(error['input'])}; it must be {message} ({Recipe.model_fields[field].description})"
 
 
