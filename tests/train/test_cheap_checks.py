@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from lora.errors import DataError, LoraError
-from lora.train import Recipe
+from lora.train import Recipe, base_facts
+from lora.train.base import load_config
 from lora.train.checks import cheap
+from lora.train.defaults import resolved
 from lora.train.dry_run import dry_run
 from said import said
 from tiny_base import EXAMPLE
@@ -76,6 +78,8 @@ def test_a_disk_that_is_too_small_is_told(plan: Plan, monkeypatch: pytest.Monkey
         ({"model": "a b/c"}, LoraError, "model: 'a b/c' is neither a folder here nor a name on the hub"),
         ({"max_length": 5000}, LoraError, "max_length is 5000, but the model takes 1024"),
         ({"warmup_steps": 3}, LoraError, "warmup_steps is 3, but the run has only 3 steps"),
+        ({"targets": ["q_porj"]}, LoraError, "targets: 'q_porj' fits no module of a llama model; near names: q_proj"),
+        ({"task": "classify", "max_length": 600}, LoraError, "max_length is 600, but the model takes 512"),
     ],
 )
 def test_late_errors_come_first(plan: Plan, changes: dict[str, Any], kind: type[LoraError], told: str) -> None:
@@ -115,3 +119,25 @@ def test_a_dry_run_of_what_cannot_be_reached_says_what_it_means(plan: Plan, monk
     text, error = dry_run(plan(data="gone.jsonl", out="/proc/x"))
     assert "steps" not in text.split("\n\n")[1] and "all-linear" in text
     assert str(error).startswith("out: '/proc/x' cannot be written")
+
+
+@pytest.mark.parametrize("name", ["examples/tiny-lama-8m", "tiny-lama-8m"])
+def test_a_misspelled_folder_is_told_at_once(plan: Plan, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(base_facts, "_json_on_hub", lambda *_: None)
+    monkeypatch.chdir(EXAMPLE.parent.parent if "/" in name else EXAMPLE.parent)
+    near = name.replace("lama", "llama")
+    for call in (lambda: cheap(plan(model=name)), lambda: load_config(name)):
+        with pytest.raises(LoraError, match=f"model: there is no folder '{name}'; near names: {near}"):
+            call()
+    error = dry_run(plan(model=name))[1]
+    assert error is not None and "there is no folder" in str(error)
+    monkeypatch.setattr(base_facts, "_json_on_hub", lambda *_: {"model_type": "llama"})
+    assert cheap(plan(model=name))[0] is not None  # a model of this name is on the hub
+
+
+def test_a_classifier_s_default_length_is_what_its_tokenizer_takes(plan: Plan) -> None:
+    facts = base_facts.read_facts(str(EXAMPLE))
+    assert resolved(plan(), facts).recipe.max_length == 1024
+    found = resolved(plan(task="classify"), facts)
+    assert found.recipe.max_length == 512
+    assert any(str(choice) == "max_length 512: all that the model's tokenizer takes" for choice in found.choices)

@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from ..errors import LoraError
+from ..errors import LoraError, near
 from .recipe_file import read_json
 
 _BYTES = 1 << 22  # the longest config; the longest labels' names of a classifier take some hundred KB
+_CONFIG, _TOKENIZER = "config.json", "tokenizer_config.json"
 _SECONDS = 5.0  # for an answer of the hub
 # What architectures call one number.
 _NAMES = {
@@ -40,12 +41,16 @@ class BaseFacts:
     """A base model by its config: None where the config does not say.
 
     linears: (in, out) of each linear of a layer by its name, for architectures that are known to have no others.
+    texts: the longest text in tokens by the tokenizer's config, to which a classifier's are cut.
+    whole: these are facts of the whole model, and not of the language model in it.
     """
 
     kind: str
     parameters: int | None = None
     positions: int | None = None
     layers: int | None = None
+    texts: int | None = None
+    whole: bool = True
     stored: str | None = None  # how it is quantized, in its config's words
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -66,8 +71,12 @@ def read_facts(model: str) -> BaseFacts | None:
     """
     check_place(model)
     path = Path(model)
-    config = _config_in(path) if path.is_dir() else _config_on_hub(model)
-    return None if config is None else facts_of(config)
+    config = _json_in(path) if path.is_dir() else _json_on_hub(model)
+    if config is None:
+        return None
+    written = _TOKENIZER if not path.is_dir() or (path / _TOKENIZER).is_file() else None
+    tokenizer = None if written is None else _json_in(path, written) if path.is_dir() else _json_on_hub(model, written)
+    return replace(facts_of(config), texts=_number(tokenizer or {}, ["model_max_length"]))
 
 
 def check_place(name: str) -> None:
@@ -79,7 +88,25 @@ def check_place(name: str) -> None:
     elif path.exists():
         raise LoraError(f"model: {name!r} is a file; give the model's folder or its name on the hub")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise LoraError(f"model: there is no folder {name!r}; give a saved model's folder or a name on the hub")
+        raise LoraError(
+            f"model: there is no folder {name!r}{_beside(path)}; give a saved model's folder or a name on the hub"
+        )
+    else:
+        beside = _beside(path)
+        here = path.parent.is_dir() if path.parent.name else beside.startswith("; near names")
+        if here and _json_on_hub(name) is None:  # one may keep some of an organization's models here
+            raise LoraError(
+                f"model: there is no folder {name!r}{beside}; nor does the hub answer with a model of this name"
+            )
+
+
+def _beside(path: Path) -> str:
+    """The names of the models beside this place: near ones, or else the first."""
+    try:
+        found = sorted(str(each.parent) for each in path.parent.glob("*/config.json"))
+    except OSError:
+        return ""
+    return near(str(path), found)
 
 
 def facts_of(config: Mapping[str, Any]) -> BaseFacts:
@@ -95,6 +122,7 @@ def facts_of(config: Mapping[str, Any]) -> BaseFacts:
         parameters=_parameters(text, number, linears),
         positions=number["positions"], layers=number["layers"],
         stored=str(quantized.get("quant_method", "a format of its own")) if isinstance(quantized, dict) else None,
+        whole=not isinstance(inner, dict),
         linears=linears if kind in _SEVEN and not number["experts"] else {},
     )  # fmt: skip
 
@@ -133,8 +161,8 @@ def _parameters(
     return layers * (attention + mlp * (number["experts"] or 1)) + heads * (number["vocabulary"] or 0) * hidden
 
 
-def _config_in(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _json_in(folder: Path, file: str = _CONFIG) -> dict[str, Any]:
+    path = folder / file
     try:
         if path.stat().st_size > _BYTES:
             raise LoraError(f"it has {path.stat().st_size:,} bytes; at most {_BYTES:,} are read")
@@ -148,7 +176,7 @@ def _config_in(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _config_on_hub(model: str) -> dict[str, Any] | None:
+def _json_on_hub(model: str, file: str = _CONFIG) -> dict[str, Any] | None:
     """From the hub's cache, or from the hub with one short question: its own client asks six times, 23 seconds."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -159,12 +187,12 @@ def _config_on_hub(model: str) -> dict[str, Any] | None:
         validate_repo_id(model)
     except HFValidationError as error:
         raise LoraError(f"model: {model[:200]!r} is neither a folder here nor a name on the hub") from error
-    cached = try_to_load_from_cache(model, "config.json")
+    cached = try_to_load_from_cache(model, file)
     if isinstance(cached, (str, os.PathLike)):
-        return _config_in(Path(cached).parent)
+        return _json_in(Path(cached).parent, file)
     if constants.HF_HUB_OFFLINE:
         return None
-    url = f"{constants.ENDPOINT}/{quote(model)}/resolve/main/config.json"
+    url = f"{constants.ENDPOINT}/{quote(model)}/resolve/main/{file}"
     try:
         with urlopen(Request(url, headers=build_hf_headers()), timeout=_SECONDS) as answer:
             config = read_json(answer.read(_BYTES).decode("utf-8"))

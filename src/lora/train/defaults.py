@@ -6,6 +6,7 @@ Some follow from the base's size or the length of the run, so a recipe is resolv
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraError
@@ -25,6 +26,7 @@ _SAVES = 20
 _FULL_RATE, _FULL_SIZE, _FULL_MOST = 2e-5, 8e9, 2e-4
 _TIMES, _TIMES_SHORT, _SHORT = 10, 15, 100
 _MANY_ROWS = 128  # a step
+_A_SLIP = 0.75  # how like two names are that one takes for the other
 
 FIXED = {
     "r": "enough for most data sets; more where the trained tokens outnumber the adapter's parameters",
@@ -163,14 +165,31 @@ def _steps_of_a_pass(recipe: "Recipe", rows: int) -> int:
 
 
 def _check(recipe: "Recipe", facts: BaseFacts | None, steps: int | None) -> None:
-    most = None if facts is None else facts.positions
+    most = None if facts is None else _most_tokens(recipe, facts)
     if most is not None and recipe.max_length is not None and recipe.max_length > most:
         raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
+    if facts is not None:
+        _check_targets(recipe, facts)
     if steps is not None and recipe.warmup_steps is not None and recipe.warmup_steps >= max(steps, 1):
         raise LoraError(
             f"warmup_steps is {recipe.warmup_steps:g}, but the run has only {steps} {_steps(steps)}; lower it, "
             "or train longer"
         )
+
+
+def _most_tokens(recipe: "Recipe", facts: BaseFacts) -> int | None:
+    """The longest row that this run may have: a classifier's is what its tokenizer takes too (`longest_text`)."""
+    known = [facts.positions, facts.texts if recipe.task == "classify" else None]
+    return min((most for most in known if most is not None and most < 1 << 20), default=None)
+
+
+def _check_targets(recipe: "Recipe", facts: BaseFacts) -> None:
+    """Refuses a slip of the finger where all linears are known; the rest is told once the base is there."""
+    for name in recipe.targets if facts.whole and isinstance(recipe.targets, list) else ():
+        last = name.rpartition(".")[2]
+        close = [] if last in facts.linears else get_close_matches(last, facts.linears, cutoff=_A_SLIP)
+        if close:
+            raise LoraError(f"targets: {name!r} fits no module of a {facts.kind} model; near names: {', '.join(close)}")
 
 
 def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pass: int | None) -> Iterator[Choice]:
@@ -182,11 +201,10 @@ def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pas
     )
     if recipe.max_steps is None:
         yield Choice("epochs", 1.0, "one pass; more where the held-out loss still falls")
-    if facts is not None and facts.positions is not None:
-        most = min(facts.positions, LONGEST)
-        yield Choice(
-            "max_length", most, "all that the model takes" if most < LONGEST else "longer rows need more memory"
-        )
+    if facts is not None and (takes := _most_tokens(recipe, facts)) is not None:
+        whose = "the model" if takes == facts.positions else "the model's tokenizer"
+        why = f"all that {whose} takes" if takes < LONGEST else "longer rows need more memory"
+        yield Choice("max_length", min(takes, LONGEST), why)
     if steps is None:
         return
     yield Choice("lr", *rate(None if facts is None else facts.parameters, steps))

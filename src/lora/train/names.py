@@ -90,7 +90,9 @@ def _same(one: Any, other: Any) -> bool:
 
 def _foreign_value(name: str, value: Any, theirs: bool) -> bool:
     """Whether a name that is ours as well has a value that only others write; `theirs`: among names of others."""
-    return (theirs or name not in _ONLY_AMONG_THEIRS) and str(value) in _OUR_NAMES_ELSEWHERE.get(name, ())
+    if name not in _OUR_NAMES_ELSEWHERE or (name in _ONLY_AMONG_THEIRS and not theirs):
+        return False
+    return str(value) in _OUR_NAMES_ELSEWHERE[name]
 
 
 _DTYPE = choice(
