@@ -223,6 +223,17 @@ def test_a_run_that_gets_no_better_stops(tmp_path: Path) -> None:
     assert "step 4: stopped early" in run.console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_step_that_is_worse_than_the_base_is_not_called_the_best_so_far(tmp_path: Path) -> None:
+    run = Run(tmp_path, {0: 10.5, 1: 20.0, 2: 21.0, 3: 22.0}, every=1, patience=2).go()
+    lines = run.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1] == "step 1: eval loss 20.0000, worse than the base (10.5000)"
+    assert lines[2].endswith("the best was 20.0000 at step 1, worse than the base (10.5000)")
+    assert lines[-1].endswith("than at step 1 (20.0000, now 22.0000), worse than the base (10.5000)")
+    later = Run(tmp_path, {})
+    later.evaluations.restore(json.loads(json.dumps(run.evaluations.state())))
+    assert later.evaluations.base_loss == 10.5
+
+
 def test_without_patience_it_goes_on(tmp_path: Path) -> None:
     run = Run(tmp_path, dict.fromkeys(range(10), 1.0), every=1).go()
     assert (run.state.global_step, run.evaluations.stopped_early) == (9, False)

@@ -57,6 +57,21 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
         assert same(run(lora.train.load_recipe(command[1]), resume="auto").out, good)
 
 
+def test_the_line_that_goes_on_stays_valid_until_the_run_is_finished(base: Path, good: Path, tmp_path: Path) -> None:
+    plan = recipe_of(base, tmp_path, save_every=1)
+    with at_batches(signals_at(1, signal.SIGINT)), pytest.raises(Stopped) as e:
+        run(plan)
+    command = re.search(r"to go on: lora train (\S+) --resume auto", str(e.value))
+    assert command is not None
+    with said("resume: from"), at_batches(signals_at(4, signal.SIGINT)), pytest.raises(Stopped) as e:
+        run(lora.train.load_recipe(command[1]), resume="auto")
+    assert command[0] in str(e.value)
+    assert not (Path(plan.out) / "checkpoints" / "step-000001").exists()
+    with said("resume: from"):
+        assert same(run(lora.train.load_recipe(command[1]), resume="auto").out, good)
+    assert "is finished" in run(lora.train.load_recipe(command[1]), resume="auto").lines[0]
+
+
 def test_second_interrupt_within_50_ms_does_not_break_the_save(base: Path, tmp_path: Path) -> None:
     plan = recipe_of(base, tmp_path, save_every=50)
     save, pressed = lora.save, []

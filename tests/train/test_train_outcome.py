@@ -156,6 +156,29 @@ def test_the_loss_has_to_fall_beyond_noise(
     assert (line.verdict, why in line.text) == (verdict, True), line
 
 
+@pytest.mark.parametrize(
+    ("now", "before", "verdict", "why"),
+    [
+        (
+            [20.0, 21.0],
+            [10.0, 10.5],
+            "failed",
+            "; 20.5000 and 10.2500 on 2 held-out rows: the adapter makes them worse",
+        ),
+        ([1.0, 2.0, 3.0], [1.1, 2.1, 2.7], "ok", "2.0000 and 1.9667 on 3 held-out rows"),
+        ([2.0], [1.0], "ok", "on 1 held-out rows"),
+        ([math.nan], [1.0], "failed", "no number"),
+    ],
+)
+def test_a_loss_on_held_out_rows_above_the_bases_fails_beyond_noise(
+    load: Load, rows: list[Encoded], now: list[float], before: list[float], verdict: str, why: str
+) -> None:
+    model, losses = lora.inject(load(), r=2, targets=["q_proj"]), iter(now + before)
+    material = Material(rows, [], None, 6, loss=lambda model, row: next(losses), held_out=rows[: len(now)])
+    line = module._unharmed(model, material, module.Line("loss", "ok", "better"))
+    assert (line.verdict, why in line.text) == (verdict, True), line
+
+
 def test_texts_and_classifiers_have_no_answer_to_end(load: Load, template: PromptTemplate) -> None:
     texts = encode_rows([{"text": "The vaults are by the river."}], template, 128).rows
     model = load()

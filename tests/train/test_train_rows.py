@@ -4,6 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from lora import LoraError
+from lora.train import run
 from lora.train.base import load_tokenizer
 from lora.train.recipe import Recipe
 from lora.train.rows import run_rows
@@ -23,3 +27,11 @@ def test_rows_without_use_are_a_share_of_the_file_whichever_part_they_fall_into(
         found = run_rows(recipe, tokenizer, said.append)
         assert len(found.encoded.rows) + len(found.measured) == 198
         assert sum(int(count) for count in re.findall(r"(\d+) of \d+ rows cannot be trained on", "".join(said))) == 2
+
+
+@pytest.mark.parametrize("idle", [{"early_stop": 3}, {"eval_every": 5}, {"samples": 7}])
+def test_what_is_done_with_held_out_rows_is_refused_where_there_are_none(tmp_path: Path, idle: dict[str, int]) -> None:
+    recipe = Recipe.of(model="nowhere", data="none.jsonl", out=str(tmp_path / "out"), **idle)
+    with pytest.raises(LoraError, match=f"{next(iter(idle))}=. needs eval_data or eval_share"):
+        run(recipe)
+    assert not (tmp_path / "out").exists()

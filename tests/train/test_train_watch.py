@@ -53,6 +53,12 @@ def test_a_line_says_what_its_loss_is_a_mean_of() -> None:
     assert lines[3].endswith("0:00:00 left")
 
 
+def test_a_classifiers_loss_is_a_mean_over_rows() -> None:
+    watch = Watch(plain(), 2, "rows")
+    watch.on_step(Step(1, 1.0, 2.0, 0.25, 50, 4))
+    assert watch.mean_of == "the rows of step 1"
+
+
 def test_a_step_has_its_numbers() -> None:
     loop = Loop(plain())
     loop.step(1.5, 12, 5)

@@ -15,6 +15,7 @@ from transformers import TrainerState
 import lora
 
 from ..errors import LoraError, LoraWarning
+from ..files.commit import replaced
 from ..files.header import CONFIG_FILE, TENSOR_FILE
 from .manifest import committed, manifest_of
 from .metrics import METRICS_FILE
@@ -116,6 +117,8 @@ class Checkpoints(RunCallback):
             (fresh / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
             metrics = self.place.live / METRICS_FILE
             (fresh / METRICS_FILE).write_bytes(metrics.read_bytes() if metrics.is_file() else b"")
+        with replaced(self.place.recipe) as file:
+            file.write_text(self.recipe.to_yaml(), encoding="utf-8")
 
     def _state(self, step: int) -> dict[str, Any]:
         trainer = self.trainer

@@ -95,23 +95,28 @@ class Evaluations(RunCallback):
         told: Sequence[Callable[[Mapping[str, Any]], None]] = (),
     ) -> None:  # fmt: skip
         self.held_out, self.every, self.patience, self.watch, self.told = held_out, every, patience, watch, told
-        self.best_step, self.best_loss = 0, math.inf
+        self.best_step, self.best_loss = 0, math.inf  # of the steps that trained
+        self.base_loss: float | None = None  # before the first of them
         self.stopped_early = False
         self._worse = 0  # evaluations in a row
         self._after, self._samples = after, Journal(folder / SAMPLES_FILE)
 
     def state(self) -> dict[str, Any]:
-        return {"best_step": self.best_step, "best_loss": self._loss_or_none(), "worse": self._worse}
+        return {
+            "best_step": self.best_step, "best_loss": _number(self.best_loss), "worse": self._worse,
+            "base_loss": _number(self.base_loss),
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         if state:  # else the checkpoint is of a run without evaluations
             self.best_step, self._worse = state["best_step"], state["worse"]
             self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+            self.base_loss = state.get("base_loss")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._samples.open(self._after)
         if state.global_step == 0:
-            self._evaluate(kwargs["model"], 0, ": the base, before training")
+            self.base_loss = _number(self._evaluate(kwargs["model"], 0, ": the base, before training"))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         step = state.global_step
@@ -122,7 +127,7 @@ class Evaluations(RunCallback):
             self.stopped_early = control.should_training_stop = True
             self.watch.say(
                 f"step {step:,}: stopped early, since the loss on the held-out rows is no better than at step "
-                f"{self.best_step:,} ({self.best_loss:.4f}, now {loss:.4f})"
+                f"{self.best_step:,} ({self.best_loss:.4f}, now {loss:.4f}){self._beside_base(self.best_loss)}"
             )
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -149,15 +154,23 @@ class Evaluations(RunCallback):
         return loss
 
     def _judged(self, loss: float, step: int) -> str:
-        """Keeps the best step. What was measured before the first step counts for no step: nothing was trained."""
+        """Keeps the best step, and says where even the base is better. The base is no step that could be kept, nor one
+        to be patient from: while the rate warms up a run may be worse than it for a while."""
+        beside = self._beside_base(loss)
         if loss < self.best_loss:
             self.best_step, self.best_loss, self._worse = step, loss, 0
-            return ", the best so far"
+            return beside or ", the best so far"
         self._worse += 1
-        return f", the best was {self.best_loss:.4f} at step {self.best_step:,}"
+        return f", the best was {self.best_loss:.4f} at step {self.best_step:,}{beside}"
 
-    def _loss_or_none(self) -> float | None:
-        return self.best_loss if math.isfinite(self.best_loss) else None
+    def _beside_base(self, loss: float) -> str:
+        if self.base_loss is None or loss < self.base_loss:
+            return ""
+        return f", {'no better' if loss == self.base_loss else 'worse'} than the base ({self.base_loss:.4f})"
+
+
+def _number(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def spread(rows: Sequence[T], count: int) -> list[T]:

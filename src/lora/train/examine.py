@@ -33,7 +33,9 @@ def examined(recipe: Recipe, folder: Path, model: Any, rows: RunRows, length: Le
     seen = round(length.steps / length.per_pass * len(rows.encoded.rows))
     called = "held-out rows" if held_out else "training rows"
     loss = None if rows.template is not None else label_loss
-    material = Material(rows.encoded.rows, asked, rows.template, seen, asked_called=called, loss=loss)
+    material = Material(
+        rows.encoded.rows, asked, rows.template, seen, asked_called=called, loss=loss, held_out=rows.measured
+    )
     return check(folder, load, probe, material), probe
 
 

@@ -30,7 +30,7 @@ from .memory_retry import ADVICE, MicroBatches, out_of_memory
 from .needs import check_needs
 from .quiet import quiet
 from .recipe import RECIPE_FILE, Recipe
-from .rows import RunRows, run_rows
+from .rows import RunRows, check_held_out, run_rows
 from .signals import Signals, StopAtStep, resume_command
 from .trackers import check_trackers
 from .trainer import LoraTrainer
@@ -74,6 +74,7 @@ def run(
         CheckError: the run has changed nothing (then nothing is saved), or its adapter did not pass the check.
         Stopped: a `KeyboardInterrupt`: Ctrl-C, SIGTERM or SIGHUP.
     """
+    check_held_out(recipe)
     signals = Signals()
     with signals.listening(), place.taken(Path(recipe.out), force, resume) as where:
         return _finished(where, resume) or _Job(recipe, where, signals, force, console).run(resume, resume_without)
@@ -185,10 +186,7 @@ class _Job:
             self.where.ended(saver.identity.run, str(error))
             advice = "Lower lr, lengthen the warm-up, or look for broken rows"
             raise NonFiniteError(f"{error}. {kept}. {advice}", error.step) from error
-        except (
-            RuntimeError,
-            MemoryError,
-        ) as error:  # of the optimizer or of an evaluation: nothing there can be halved
+        except (RuntimeError, MemoryError) as error:  # of the optimizer or of an evaluation: not to be halved
             if not out_of_memory(error):
                 raise
             why = str(error).partition("\n")[0]
@@ -210,33 +208,38 @@ class _Job:
     def _finish(self, trainer: LoraTrainer, saver: Checkpoints, rows: RunRows) -> Result:
         model, identity = trainer.model, saver.identity
         model.eval()
-        lines = [] if self.recipe.early_stop is None else _take_best(model, self.where, self.looks)
+        saved, lines = _chosen(self.recipe, model, self.where, self.looks)
         finish.check_moved(model, identity.before)
         with self.signals.waiting():
             folder, why = finish.save_adapter(model, self.where)
         self.signals.check()
-        metrics = self.looks.numbers(model)
+        metrics = self.looks.numbers(model, saved)
         record = {
             "run": identity.run, **finish.facts(model, rows), "stopped": None, "length": vars(trainer.length),
             "skipped_steps": trainer.guard.skipped, "micro_batch": trainer.micro.size, "dtype": identity.dtype,
-            "metrics": metrics,
+            "metrics": metrics, **self.looks.steps(saved),
         }  # fmt: skip
         outcome = finish.conclude(self.recipe, self.where, folder, record, trainer, rows)
         if why is not None:
             raise LoraError(f"{why}. The adapter is in {str(folder)!r} instead")
         if outcome is not None:
             lines += map(str, outcome.lines)
+            if outcome.failed:
+                self.looks.watch.say("\n".join(lines))  # there will be no result to tell them
             outcome.judge(folder)
+        if worse := self.looks.worse_than_base(saved):
+            self.say(worse)
         return Result(folder, metrics, lines)
 
 
-def _take_best(model: Any, where: place.Place, looks: Looks) -> list[str]:
-    """Where a run looks for the step to stop at, its adapter is that of the best one, not of the last."""
-    folder = where.step(looks.best_step)
-    if looks.best_step in (0, looks.watch.steps) or not folder.is_dir():
-        return []
+def _chosen(recipe: Recipe, model: Any, where: place.Place, looks: Looks) -> tuple[int, list[str]]:
+    """(the step whose adapter is saved, what to say of it). Where a run looks for the step to stop at, it is the best
+    one, whose values the model is given; else the last."""
+    folder, last = where.step(looks.best_step), looks.watch.steps
+    if recipe.early_stop is None or looks.best_step in (0, last) or not folder.is_dir():
+        return last, []
     resume.restore_adapter(folder, model)
-    return [f"the adapter is that of step {looks.best_step}, the best on the held-out rows"]
+    return looks.best_step, [f"the adapter is that of step {looks.best_step}, the best on the held-out rows"]
 
 
 def _finished(where: place.Place, wanted: str) -> Result | None:
@@ -253,7 +256,8 @@ def _newest(saver: Checkpoints) -> str:
     if saver.newest is None:
         return "Nothing was saved"
     step = int(saver.newest.name.rpartition("-")[2])
-    command = resume_command(saver.newest / RECIPE_FILE)
+    kept = saver.place.recipe  # not the step's own, which goes when newer ones come
+    command = resume_command(kept if kept.is_file() else saver.newest / RECIPE_FILE)
     return f"All of it as it was after step {step} is in {str(saver.newest)!r}; to go on: {command}"
 
 

@@ -21,7 +21,7 @@ class Looks:
 
     def __init__(self, recipe: Recipe, where: Place, console: Console) -> None:
         self.where, self.console = where, console
-        self.watch = Watch(console, recipe.log_every)
+        self.watch = Watch(console, recipe.log_every, "rows" if recipe.task == "classify" else "tokens")
         self.evaluations: Evaluations | None = None
         self.metrics: Metrics | None = None
         self.callbacks: list[RunCallback] = [self.watch]
@@ -51,6 +51,27 @@ class Looks:
         """The step whose evaluation is the best so far; 0 for none."""
         return self.evaluations.best_step if self.evaluations is not None else 0
 
+    def saved_loss(self, step: int) -> float | None:
+        """The held-out loss of the adapter that is saved, that of `step`: of the best one, or of the last."""
+        if self.evaluations is not None and step == self.evaluations.best_step > 0:
+            return self.evaluations.best_loss
+        return self.watch.eval_loss
+
+    def steps(self, saved: int) -> dict[str, int]:
+        """What the record says of the best step and of the one whose adapter is saved, where there was any judging."""
+        return {"best_step": self.best_step, "adapter_step": saved} if self.best_step else {}
+
+    def worse_than_base(self, step: int) -> str | None:
+        """What to say where the adapter of `step` does worse on the held-out rows than no adapter; None where not."""
+        loss = self.saved_loss(step)
+        base = None if self.evaluations is None else self.evaluations.base_loss
+        if loss is None or base is None or loss <= base:
+            return None
+        return (
+            f"the adapter is worse than the base on the held-out rows: eval loss {loss:.4f} after step {step:,}, and "
+            f"{base:.4f} before training; lower lr, or train shorter"
+        )
+
     def close(self) -> None:
         """To be called however the training ended."""
         self.watch.stop()
@@ -59,14 +80,14 @@ class Looks:
         if self.evaluations is not None:
             self.evaluations.close()
 
-    def numbers(self, model: Any) -> dict[str, float]:
-        """The metrics of a run's result."""
+    def numbers(self, model: Any, step: int) -> dict[str, float]:
+        """The metrics of a run's result; `step` is the one whose adapter is saved."""
         watch = self.watch
         found: dict[str, float] = {
             "loss": watch.recent_loss, "seconds": round(watch.seconds, 3), "tokens": watch.tokens,
             "tokens_per_second": round(watch.tokens_per_second, 1), "steps": watch.steps,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }  # fmt: skip
-        if watch.eval_loss is not None:
-            found["eval_loss"] = watch.eval_loss
+        if (loss := self.saved_loss(step)) is not None:
+            found["eval_loss"] = loss
         return found

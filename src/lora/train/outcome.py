@@ -3,6 +3,7 @@
 1. Read back into a fresh base, does the adapter give the trained model's logits?
 2. Does it end its answers?
 3. Is its loss lower than the base's, beyond noise? A fresh adapter changes nothing, so the base is the first step.
+   On held-out rows, where there are some, it must not be higher beyond noise.
 
 A run that has seen few answers (`ENOUGH`) cannot be expected to have learned to stop, and its loss may not have left
 the noise. For such a run these two are told and not judged; it still fails where the adapter changes nothing or makes
@@ -79,7 +80,8 @@ class Material:
 
     rows: what the loss is taken on: rows that were trained. asked: whose answers are generated; held out where there
     are some. called, asked_called: what a line calls them. template: None for a model that gives no answers. loss: of
-    a model on a row. seen: answers that the training saw; None: nobody knows, and it counts as enough.
+    a model on a row. seen: answers that the training saw; None: nobody knows, and it counts as enough. held_out: rows
+    that were not trained, for the loss as well.
     """
 
     rows: Sequence[Encoded]
@@ -89,6 +91,7 @@ class Material:
     called: str = "training rows"
     asked_called: str = "held-out rows"
     loss: Callable[[Any, Encoded], float] | None = None
+    held_out: Sequence[Encoded] = ()
 
     @property
     def is_short(self) -> bool:
@@ -116,7 +119,7 @@ def check(adapter: Path, load: Callable[[], Any], probe: Probe | None, material:
         lines = [Line("read back", "failed", str(error)), Line("stops", "not judged", unread)]
         lines.append(Line("loss", "not judged", unread))
         return Outcome(tuple(lines), time.perf_counter() - begun)
-    found = (_read_back(model, probe), _stops(model, material), _moved(model, material))
+    found = (_read_back(model, probe), _stops(model, material), _unharmed(model, material, _moved(model, material)))
     return Outcome(found, time.perf_counter() - begun)
 
 
@@ -184,9 +187,7 @@ def _bound(asked: Question) -> int:
 def _moved(model: Any, material: Material) -> Line:
     name = "loss"
     rows = spread(material.rows, _LOSS_ROWS)
-    now = [material.loss_of(model, row) for row in rows]
-    with lora.disabled(model):
-        before = [material.loss_of(model, row) for row in rows]
+    now, before = _losses(model, material, rows)
     text = (
         f"{statistics.fmean(now):.4f} with the adapter, {statistics.fmean(before):.4f} for the base, on {len(rows)} "
         f"{material.called}"
@@ -205,6 +206,32 @@ def _moved(model: Any, material: Material) -> Line:
     if material.is_short:
         return Line(name, "not judged", f"{text}; {_few(material)}")
     return Line(name, "failed", f"{text}; train longer, or at a higher lr")
+
+
+def _unharmed(model: Any, material: Material, trained: Line) -> Line:
+    """What was found on the trained rows, and whether the adapter makes held-out ones worse. One row has no noise to
+    judge by, so it is told."""
+    rows = spread(material.held_out, _LOSS_ROWS)
+    if not rows:
+        return trained
+    now, before = _losses(model, material, rows)
+    text = (
+        f"{trained.text}; {statistics.fmean(now):.4f} and {statistics.fmean(before):.4f} on {len(rows)} held-out rows"
+    )
+    gains = [was - is_now for was, is_now in zip(before, now, strict=True)]
+    if not all(map(math.isfinite, gains)):
+        return Line(trained.name, "failed", f"{text}, which is no number")
+    if len(gains) > 1 and statistics.fmean(gains) < -_noise(gains):
+        why = "the adapter makes them worse; lower lr, or train shorter (early_stop keeps the best step)"
+        return Line(trained.name, "failed", f"{text}: {why}")
+    return Line(trained.name, trained.verdict, text)
+
+
+def _losses(model: Any, material: Material, rows: Sequence[Encoded]) -> tuple[list[float], list[float]]:
+    """(with the adapter, without it) of each row."""
+    now = [material.loss_of(model, row) for row in rows]
+    with lora.disabled(model):
+        return now, [material.loss_of(model, row) for row in rows]
 
 
 def _noise(gains: Sequence[float]) -> float:

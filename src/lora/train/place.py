@@ -15,7 +15,7 @@ from ..errors import LoraError
 from ..files.commit import locked, told
 from ..files.header import CONFIG_FILE
 from .manifest import manifest_of, sweep
-from .recipe import RUN_FILE
+from .recipe import RECIPE_FILE, RUN_FILE
 
 _FOLDER, _LOCK, _ENDED = "checkpoints", "lock", "ended.json"
 _STEP = "step-"
@@ -39,6 +39,11 @@ class Place:
     @property
     def live(self) -> Path:
         return self.checkpoints if self.occupied else self.out
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe of the run that the checkpoints are of, beside them: they are rotated, and it stays."""
+        return self.checkpoints / RECIPE_FILE
 
     def step(self, number: int) -> Path:
         return self.checkpoints / f"{_STEP}{number:06d}"

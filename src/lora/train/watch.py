@@ -42,10 +42,11 @@ class Watch(RunCallback):
     Args:
         console: where to write: a live display on a terminal, a line every few steps elsewhere.
         log_every: steps between two such lines, and over how many steps `recent_loss` is the mean.
+        unit: what a loss is the mean of: tokens, or a classifier's rows.
     """
 
-    def __init__(self, console: Console, log_every: int) -> None:
-        self.console, self.log_every = console, log_every
+    def __init__(self, console: Console, log_every: int, unit: str = "tokens") -> None:
+        self.console, self.log_every, self.unit = console, log_every, unit
         self.latest: StepNumbers | None = None
         self.eval_loss: float | None = None
         self.tokens = self.trained = self.steps = 0
@@ -56,7 +57,7 @@ class Watch(RunCallback):
 
     @property
     def recent_loss(self) -> float:
-        """The mean over the trained tokens of the last `log_every` steps."""
+        """The mean over the trained tokens, or rows, of the last `log_every` steps."""
         weight = sum(trained for _, _, trained in self._window)
         return sum(loss * trained for _, loss, trained in self._window) / weight if weight else math.nan
 
@@ -66,7 +67,8 @@ class Watch(RunCallback):
         if not self._window:
             return "no step"
         first, last = self._window[0][0], self._window[-1][0]
-        return f"the tokens of step {last}" if first == last else f"the tokens of steps {first} to {last}"
+        steps = f"step {last}" if first == last else f"steps {first} to {last}"
+        return f"the {self.unit} of {steps}"
 
     @property
     def tokens_per_second(self) -> float:
