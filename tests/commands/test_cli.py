@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -198,13 +199,30 @@ def test_merge_takes_the_place_of_an_earlier_merge_only(cli: Lora, base: Path, a
     assert (aside / "notes.txt").read_text() == "mine"
     assert str(aside) in err
 
-    assert cli("merge", base, adapter, out, "--dtype", "bf16")[0] == 0  # an earlier merge needs no force
+    code, _, err = cli("merge", base, adapter, out, "--dtype", "bf16")  # an earlier merge needs no force
+    assert (code, f"replaced in {out}: an earlier merge of {adapter} into {base}\n" in err) == (0, True), err
     assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["merged", aside.name])
 
     (out / "model.gguf").write_text("made from it")  # a file of the user's in our folder is not deleted
     assert cli("merge", base, adapter, out)[0] == 0
     assert len(list(tmp_path.glob("merged.old-*/model.gguf"))) == 1
+
+
+def test_an_adapter_of_another_base_is_refused_with_advice_for_a_command(
+    cli: Lora, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    assert cli("merge", base, adapter, tmp_path / "merged")[0] == 0
+    for command in (["merge", tmp_path / "merged", adapter, tmp_path / "out"],
+                    ["generate", tmp_path / "merged", "--adapter", adapter, "--prompt", "hi"]):  # fmt: skip
+        code, _, err = cli(*command)
+        assert (code, err.endswith("; give the base that it was trained on\n"), "lora.load" in err) == (2, True, False)
+    changed = tmp_path / "changed"
+    shutil.copytree(adapter, changed)
+    settings = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 5}))
+    code, _, err = cli("merge", base, changed, tmp_path / "out")
+    assert (code, err.endswith("; copy the adapter again, whole\n")) == (2, True), err
 
 
 def test_a_failed_merge_leaves_nothing(cli: Lora, base: Path, adapter: Path, tmp_path: Path) -> None:

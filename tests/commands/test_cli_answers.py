@@ -65,7 +65,8 @@ def test_answers_are_the_same_as_they_grow(cli: Lora, base: Path, adapter: Path)
     ("stdin", "code", "message"),
     [
         (b"one\n\ntwo\n", 3, "prompt: line 2 of stdin is empty; give one prompt a line"),
-        (b"", 3, "prompt: line 1 of stdin is empty"),
+        (b"", 3, "prompt: stdin holds no line; give one prompt a line"),
+        (b"\n", 3, "prompt: stdin holds no line"),
         (b"caf\xe9\n", 3, "prompt: stdin is not UTF-8 text"),
         (b"word " * 500, 2, "prompt 1 has .* tokens, and max_new_tokens=8 more would pass the 128"),
     ],
@@ -88,6 +89,33 @@ def test_surrogate_and_blank_prompts_are_one_error(cli: Lora, base: Path, text: 
 def test_stream_and_output_do_not_go_together(cli: Lora, tmp_path: Path) -> None:
     code, _, err = cli("generate", "x", "--input", "a.jsonl", "--output", tmp_path / "b.jsonl", "--stream")
     assert (code, err.startswith("error: --stream shows answers on stdout")) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "sub/../rows.jsonl", "link.jsonl", "hard.jsonl"])
+def test_answers_never_go_over_the_rows_that_are_read(cli: Lora, tmp_path: Path, name: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Say hi."}\n')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    (tmp_path / "hard.jsonl").hardlink_to(rows)
+    for source in (rows, tmp_path):
+        code, _, err = cli("generate", "x", "--input", source, "--output", tmp_path / name)
+        assert (code, "is read as input and would be lost; give another file" in err) == (2, True), err
+        code, _, err = cli("eval", "x", "--data", source, "--answers", tmp_path / name)
+        assert (code, "answers: " in err and "is read as data and would be lost" in err) == (2, True), err
+    assert rows.read_text() == '{"prompt": "Say hi."}\n'
+
+
+def test_answers_may_stand_in_an_adapters_folder_but_not_over_its_files(
+    cli: Lora, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Say hi."}\n')
+    ask = short("generate", base, "--adapter", adapter, "--input", tmp_path / "rows.jsonl")
+    code, _, err = cli(*ask, "--output", adapter / "adapter_config.json")
+    assert (code, "is read as adapter and would be lost" in err) == (2, True)
+    for _ in range(2):
+        assert cli(*ask, "--output", adapter / "answers.jsonl")[0] == 0
+    (adapter / "answers.jsonl").unlink()
 
 
 def test_a_conversation_from_a_pipe(cli: Lora, base: Path, adapter: Path, tmp_path: Path) -> None:

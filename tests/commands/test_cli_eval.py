@@ -224,11 +224,18 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
     assert out.splitlines()[-1] == "base: its head is fresh, so that its labels are chance"
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["adapter"] for row in answers] == labels
+    assert cli(*ask, "--merged")[1] == out  # the fresh head too is the same again
     assert cli("merge", encoder, tmp_path / "adapter", tmp_path / "merged")[0] == 0
     code, out, _ = cli("eval", tmp_path / "merged", "--data", tmp_path / "rows.tsv")
     assert (code, [line.split()[-1] for line in out.splitlines()[2:]]) == (0, ["100.00", "100.00"])
     code, _, err = cli("eval", encoder, "--adapter", tmp_path / "adapter", "--task", "tfns", "--task-dir", tmp_path)
     assert (code, err.startswith("error: the model is a classifier")) == (2, True)
+
+    for command in (["generate", "--prompt", "hello"], ["chat"]):
+        for model, more in ((encoder, ["--adapter", tmp_path / "adapter"]), (tmp_path / "merged", [])):
+            code, out, err = cli(command[0], model, *more, *command[1:])
+            assert (code, out) == (2, "")
+            assert "is a classifier" in err and f"lora eval {model} " in err and err.endswith("--data FILE scores it\n")
 
 
 def test_a_classifier_from_rows_to_its_scores(cli: Lora, tmp_path: Path) -> None:

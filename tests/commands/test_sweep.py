@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from lora import LoraError
 from lora.commands import app
-from lora.errors import NonFiniteError
+from lora.errors import NonFiniteError, Stopped
 from lora.train.recipe import Recipe, load_recipe
 from lora.train.sweep import Axis, sweep
 from lora.train.sweep_picture import draw
@@ -128,6 +129,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(LoraError, match="not empty"):
         sweep(recipe(tmp_path / "other"), ["r=8"], run=made_up([]))
+
+
+def test_a_signal_in_a_trial_is_told_and_the_command_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora.train.job as job
+
+    seen: list[Recipe] = []
+
+    def run(one: Recipe, force: bool) -> SimpleNamespace:
+        if len(seen) == 1 and not again:
+            raise Stopped(signal.SIGINT, "stopped by Ctrl-C. Nothing was saved on the way out")
+        return SimpleNamespace(metrics=made_up(seen)(one))
+
+    monkeypatch.setattr(job, "run", run)
+    words = f"sweep --model m --data d --eval-data e --out {tmp_path / 's'} --over r=4,8,16"
+    again = False
+    ended = CliRunner().invoke(app, words.split())
+    assert ended.exit_code == 130
+    assert "error: stopped by Ctrl-C. The trials that ended are kept in" in ended.output
+    assert "1 of this call" in ended.output and "Nothing was saved" not in ended.output
+    again = True
+    assert CliRunner().invoke(app, words.split()).exit_code == 0 and len(seen) == 3
 
 
 def test_the_command_trains_for_real(tmp_path: Path) -> None:

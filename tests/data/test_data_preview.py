@@ -63,9 +63,9 @@ def test_as_json(file: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["nowhere.jsonl"], DataError, "FILE: 'nowhere.jsonl' is not there"),
+        (["nowhere.jsonl"], DataError, "data: 'nowhere.jsonl' is not there"),
         (["FILE", "--template", "x"], LoraError, "template is 'x'"),
-        (["FILE", "--max-length", "3"], DataError, "FILE: every row is longer than max_length=3"),
+        (["FILE", "--max-length", "3"], DataError, r"^'.*\.jsonl': every row is longer than max_length=3"),
     ],
 )
 def test_what_cannot_be_shown(file: str, arguments: list[str], error: type[LoraError], message: str) -> None:

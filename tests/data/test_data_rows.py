@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lora import LoraError
 from lora.data.rows import read_rows
+from lora.errors import DataError
 
 ROWS = [{"prompt": 'a,"b"\nc', "completion": "é\u2028ü"}, {"prompt": "2", "completion": "vier"}]
 
@@ -113,6 +114,21 @@ def test_broken_files(tmp_path: Path, name: str, content: str, message: str) -> 
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(LoraError, match=message):
         read_rows(tmp_path / name)
+
+
+def test_several_broken_rows_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n\n[1]\n{oops}\n{"text": "y"}\n')
+    with pytest.raises(DataError) as told:
+        read_rows(path)
+    first, *faults = str(told.value).splitlines()
+    assert first == "data: 2 rows cannot be read; correct or remove them"
+    assert faults[0].startswith(f"  - row 2 of {str(path)!r} is list")
+    assert faults[1].startswith(f"  - line 4 of {str(path)!r} is not JSON") and len(faults) == 2
+    path.write_text("{oops}\n" * 1200)
+    with pytest.raises(DataError, match="1,200 rows") as told:
+        read_rows(path)
+    assert str(told.value).splitlines()[-1] == "  - and 1,195 more" and str(told.value).count("\n") == 6
 
 
 def test_not_utf8(tmp_path: Path) -> None:

@@ -1,11 +1,21 @@
 """What the commands that answer share: their common flags, and the model with its adapter, ready to run."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..errors import LoraError
+
+# What `lora.load` advises, in Python's words, and what there is to do in a command.
+_ADVICE = {
+    "load it on that, or if that is meant, lora.load(..., check=False)": "give the base that it was trained on",
+    "if that is meant, lora.load(..., check=False)": "copy the adapter again, whole",
+    "If that is meant, lora.load(..., check=False)": "Train it again, or copy it again",
+}
 
 Model = Annotated[str, typer.Argument(help="Base or merged model: a folder, or a name on the hub.")]
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; without it the model answers alone.")]
@@ -18,31 +28,98 @@ Quantize = Annotated[str, typer.Option(help="Load the model quantized, as an ada
 
 
 def load_answering(
-    model: str, adapter: Path | None, dtype: str, quantize: str, labels: Sequence[str] = ()
-) -> tuple[Any, Any]:
+    model: str, adapter: Path | None, dtype: str, quantize: str, labels: Sequence[str] = (), *,
+    text: bool = False,
+) -> tuple[Any, Any]:  # fmt: skip
     """The model with the adapter acting, on the GPU where there is one, and its tokenizer.
 
-    labels: their names make it a sequence classifier.
+    Args:
+        labels: their names make it a sequence classifier.
+        text: it shall answer with text, which a classifier is refused for.
     """
     import torch
-
-    import lora
 
     from ..train.base import load_base, load_tokenizer, pick_dtype
     from ..train.classify import load_classifier
     from .console import clean_warnings
 
     tokenizer = load_tokenizer(model)
+    if text:
+        _refuse_classifier(model, adapter)
     with clean_warnings():
         if labels:
             base = load_classifier(model, labels, tokenizer, pick_dtype(dtype), quantize)
         else:
             base = load_base(model, pick_dtype(dtype), quantize)
         if adapter is not None:
-            lora.load(base, adapter)
+            load_adapter(base, adapter)
     if not getattr(base, "is_quantized", False):  # those are where they belong, and refuse to be moved
         base.to("cuda" if torch.cuda.is_available() else "cpu")
     return base, tokenizer
+
+
+def load_adapter(base: Any, adapter: Path) -> None:
+    """`lora.load`, whose errors then say what can be done in a command."""
+    import lora
+
+    try:
+        lora.load(base, adapter)
+    except LoraError as error:
+        told = str(error)
+        for advice, instead in _ADVICE.items():
+            told = told.replace(advice, instead)
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
+
+
+def _refuse_classifier(model: str, adapter: Path | None) -> None:
+    """Raises `LoraError` for a classifier: with tied embeddings it would load as a generator, and answer with noise."""
+    from ..train.classify import stored_labels
+    from ..train.record import run_record
+
+    if adapter is not None and (run_record(adapter).get("labels") or _task_type(adapter) == "SEQ_CLS"):
+        raise LoraError(
+            f"adapter: {str(adapter)!r} is a classifier's, which gives labels and no text; lora eval {model} --adapter "
+            f"{adapter} --data FILE scores it"
+        )
+    if run_record(model).get("labels") or stored_labels(model):
+        raise LoraError(
+            f"model: {model!r} is a classifier, which gives labels and no text; lora eval {model} --data FILE scores it"
+        )
+
+
+def _task_type(adapter: Path) -> Any:
+    """As PEFT's settings have it; None where they cannot be read, which loading tells."""
+    try:
+        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return settings.get("task_type") if isinstance(settings, dict) else None
+
+
+def check_target(argument: str, target: Path | None, sources: Mapping[str, str | Path | None]) -> None:
+    """Raises `LoraError` where `target` is a file that the command reads, by whatever name.
+
+    sources: by argument's name, a file or a folder. Of a model or an adapter no .jsonl is read: answers may be there.
+    """
+    from ..data.readers import READERS, suffix_of
+
+    if target is None or not target.is_file():
+        return
+    for name, source in sources.items():
+        if source is None or "\0" in str(source):
+            continue
+        path = Path(source)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if name in ("model", "adapter"):
+                read = suffix_of(file) != ".jsonl"
+            elif name == "task_dir":
+                read = "_test" in file.name  # as all of FinLoRA's
+            else:
+                read = file == path or (suffix_of(file) in READERS and not file.name.startswith((".", "_")))
+            if read and file.is_file() and file.samefile(target):
+                raise LoraError(f"{argument}: {str(target)!r} is read as {name} and would be lost; give another file")
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def chat(
     from .console import clean_warnings
 
     style = style_as_trained(adapter or model)
-    base, tokenizer = load_answering(model, adapter, dtype, quantize)
+    base, tokenizer = load_answering(model, adapter, dtype, quantize, text=True)
     with clean_warnings():
         talk = Conversation(base, tokenizer, style, system, max_new_tokens, temperature, seed)
         _note("/help lists what else can be typed" if _at_terminal() else "")

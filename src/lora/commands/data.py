@@ -37,14 +37,14 @@ def preview(
     from .console import clean_warnings
 
     with clean_warnings():
-        found = read_rows(source, "FILE")  # before the imports that take seconds
+        found = read_rows(source)  # before the imports that take seconds
 
         from ..data.preview import preview as look
         from ..data.template import PromptTemplate
         from ..train.base import load_tokenizer
 
         made = PromptTemplate(load_tokenizer(model), template)
-        seen = look(found, made, max_length or _longest(model), "FILE")
+        seen = look(found, made, max_length or _longest(model), repr(source))
     if as_json:
         typer.echo(json.dumps(seen.to_json(rows), ensure_ascii=False, indent=2))
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LoraError
-from .answering import Adapter, BatchSize, Dtype, Model, Quantize, load_answering, progress, write_lines
+from .answering import Adapter, BatchSize, Dtype, Model, Quantize, check_target, load_answering, progress, write_lines
 
 if TYPE_CHECKING:
     from ..evaluation.columns import Measured
@@ -57,6 +57,7 @@ def evaluate(
         lora eval org/base --adapter my-adapter --data rows.jsonl
     """
     _check(data, task, task_dir, lm_eval, metrics, answers)
+    check_target("answers", answers, {"data": data, "task_dir": task_dir, "model": model, "adapter": adapter})
 
     from ..evaluation import classifiers, columns, harness, report
     from ..train.record import run_record
@@ -67,6 +68,10 @@ def evaluate(
         harness.check_harness()
     labels = classifiers.labels_of(model, run_record(adapter or model))
     sets = _sets(data, task, task_dir, metrics, limit, max_new_tokens, labels)
+    if labels:
+        import torch
+
+        torch.manual_seed(0)  # a head that is fresh is the same on each call
     base, tokenizer = load_answering(model, adapter, dtype, quantize, labels)
     with clean_warnings(), progress(sum(len(each.prompts or each.rows) for each in sets) * len(names)) as advance:
         measure_one = _measure(base, tokenizer, model, adapter, batch_size, advance)

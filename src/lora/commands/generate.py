@@ -18,6 +18,7 @@ from .answering import (
     Quantize,
     Seed,
     Temperature,
+    check_target,
     load_answering,
     progress,
     write_lines,
@@ -51,7 +52,7 @@ def generate(
 
         lora generate org/base --adapter my-adapter --prompt "..."
     """
-    _check(bool(prompt), input_file, output, stream)
+    _check(bool(prompt), {"input": input_file, "model": model, "adapter": adapter}, output, stream)
     typed = [text for given in prompt or () for text in (_lines_of_stdin() if given == "-" else [given])]
 
     from ..data.rows import read_rows
@@ -62,7 +63,7 @@ def generate(
     rows = read_rows(input_file, "input") if input_file is not None else [{"prompt": text} for text in typed]
     trained = adapter or model
     prompts = [prompt_as_trained(text, trained) for text in typed] or generation.row_prompts(rows)
-    base, tokenizer = load_answering(model, adapter, dtype, quantize)
+    base, tokenizer = load_answering(model, adapter, dtype, quantize, text=True)
     with clean_warnings(), progress(1 if stream else len(prompts)) as advance:
         answers = generation.generate(
             base, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
@@ -76,13 +77,15 @@ def generate(
         typer.echo(answers[0] if len(answers) == 1 else "\n".join(_answered(rows, answers)))
 
 
-def _check(prompted: bool, input_file: Path | None, output: Path | None, stream: bool) -> None:
+def _check(prompted: bool, read: dict[str, Any], output: Path | None, stream: bool) -> None:
+    input_file = read["input"]
     if prompted == (input_file is not None):
         raise LoraError("give either --prompt TEXT or --input FILE")
     if (input_file is None) != (output is None):
         raise LoraError("--input and --output go together: --input rows.jsonl --output answers.jsonl")
     if stream and output is not None:
         raise LoraError("--stream shows answers on stdout, and --output writes them to a file; give one of the two")
+    check_target("output", output, read)
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
@@ -101,6 +104,8 @@ def _lines_of_stdin() -> list[str]:
     except UnicodeDecodeError as error:
         raise DataError(f"prompt: stdin is not UTF-8 text ({error})") from error
     lines = [line.removesuffix("\r") for line in lines]
+    if lines == [""]:
+        raise DataError("prompt: stdin holds no line; give one prompt a line")
     empty = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if empty:
         raise DataError(f"prompt: line {empty[0]} of stdin is empty; give one prompt a line")

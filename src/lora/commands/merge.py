@@ -42,12 +42,13 @@ def merge(
     from ..exact import MergeReport
     from ..train.base import load_tokenizer
     from ..train.quiet import quiet
+    from .answering import load_adapter
     from .console import clean_warnings
 
     tokenizer, trained = load_tokenizer(model), kept_record(adapter)
     with clean_warnings():
         merged = _base(model, tokenizer, dtype, trained.get("labels", []))
-        lora.load(merged, adapter)
+        load_adapter(merged, adapter)
         report = lora.merge(merged, unload=True)
     worst = sorted(report.modules, key=lambda module: module.kept)[:WORST]
     rest = len(report.modules) - len(worst)
@@ -120,10 +121,14 @@ def _take_place(fresh: Path, out: Path) -> None:
         os.rename(aside, out)
         raise
     try:  # what the merge wrote there, by its own record
-        own = set(json.loads((aside / MERGE_FILE).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    if {file.name for file in aside.iterdir()} <= own:
+        record = json.loads((aside / MERGE_FILE).read_text(encoding="utf-8"))
+        own, was = set(record["files"]), f"{record.get('adapter')} into {record.get('base')}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        own, was = set(), ""
+    if not any(aside.iterdir()):
+        aside.rmdir()
+    elif {file.name for file in aside.iterdir()} <= own:
         shutil.rmtree(aside)
+        typer.echo(f"replaced in {out}: an earlier merge of {was}", err=True)
     else:
         typer.echo(f"what was in {out} is now in {aside}", err=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import Stopped
 from ..tables import table
 from ..train.recipe import Recipe, load_recipe
 from .flags import flag, parsed
@@ -43,18 +44,34 @@ def sweep(
     from ..train import sweep as of_sweep
     from ..train.sweep_picture import draw
 
-    console = stderr()
+    console, done = stderr(), 0
 
     def told(trial: "Trial", wanted: int) -> None:
+        nonlocal done
+        done += 1
         console.print(f"trial {trial.number + 1} of {wanted}: {_values(trial)}: {_loss(trial)}", highlight=False)
 
-    with clean_warnings():
-        found = of_sweep.sweep(plan, over, trials=trials, run=lambda one: run(one, force=True).metrics, told=told)
     out = Path(plan.out)
+    try:
+        with clean_warnings():
+            found = of_sweep.sweep(plan, over, trials=trials, run=lambda one: run(one, force=True).metrics, told=told)
+    except Stopped as stopped:
+        _tell_stopped(stopped, out, done)
+        raise typer.Exit(stopped.exit_code) from stopped
     _show(found)
     picture = draw(out, found, [of_sweep.Axis.of(text) for text in over])
     if picture is not None:
         typer.echo(f"best: {_values(found[0])}: {_loss(found[0])}; recipe: {out / of_sweep.BEST}; picture: {picture}")
+
+
+def _tell_stopped(stopped: Stopped, out: Path, done: int) -> None:
+    """What is kept of the sweep; what the message says was kept is the trial's, which is done again."""
+    how = str(stopped).partition(". ")[0]
+    typer.echo(
+        f"error: {how}. The trials that ended are kept in {str(out)!r}, {done} of this call and those before it; "
+        "the same command goes on, with the trial that was stopped from its start",
+        err=True,
+    )
 
 
 def _show(found: list["Trial"]) -> None:

@@ -8,13 +8,20 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 from .sound import Row, shown
 
 _GZIP = b"\x1f\x8b"
 _DELIMITERS = ",;\t"
+
+
+class Broken(NamedTuple):
+    """A line that could not be parsed, in the place of its row: whoever reads all rows tells of all such."""
+
+    line: int
+    why: str
 
 
 def suffix_of(path: Path) -> str:
@@ -24,6 +31,8 @@ def suffix_of(path: Path) -> str:
 
 def read_file(path: Path) -> list[Any]:
     """The rows of one file as they stand in it, unchecked; `path` has a suffix of `READERS`.
+
+    A line of a file of lines that is not JSON is a `Broken` there.
 
     Raises:
         DataError: the file cannot be opened, unpacked or parsed.
@@ -71,13 +80,13 @@ def _why(error: Exception) -> str:
 
 
 def _read_jsonl(path: Path, data: bytes) -> list[Any]:
-    rows = []
+    rows: list[Any] = []
     # split("\n"), not splitlines(): JSON strings may hold U+2028 and the like unescaped.
     for number, line in enumerate(_text(path, data).split("\n"), 1):
         try:
             rows += [_decode(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise DataError(f"line {number} of {str(path)!r} is not JSON: {_why(error)}") from error
+            rows.append(Broken(number, f"is not JSON: {_why(error)}"))
     return rows
 
 
