@@ -9,6 +9,8 @@ import pytest
 from lora import LoraError
 from lora.train import run
 from lora.train.base import load_tokenizer
+from lora.train.checks import cheap
+from lora.train.dry_run import dry_run
 from lora.train.recipe import Recipe
 from lora.train.rows import run_rows
 from tiny_base import save_tiny_base
@@ -32,6 +34,9 @@ def test_rows_without_use_are_a_share_of_the_file_whichever_part_they_fall_into(
 @pytest.mark.parametrize("idle", [{"early_stop": 3}, {"eval_every": 5}, {"samples": 7}])
 def test_what_is_done_with_held_out_rows_is_refused_where_there_are_none(tmp_path: Path, idle: dict[str, int]) -> None:
     recipe = Recipe.of(model="nowhere", data="none.jsonl", out=str(tmp_path / "out"), **idle)
-    with pytest.raises(LoraError, match=f"{next(iter(idle))}=. needs eval_data or eval_share"):
-        run(recipe)
+    said = f"{next(iter(idle))}=. needs eval_data or eval_share"
+    for start in (run, cheap):
+        with pytest.raises(LoraError, match=said):
+            start(recipe)
+    assert re.match(said, str(dry_run(recipe)[1]))  # the first thing that would stop the run
     assert not (tmp_path / "out").exists()

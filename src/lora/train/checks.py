@@ -29,6 +29,7 @@ def cheap(recipe: Recipe, force: bool = False) -> tuple[BaseFacts | None, Glance
         LoraError: the base is no model, the place is taken or cannot be written, or the settings do not fit the base.
         DataError: the rows are not there, or fit no format.
     """
+    check_held_out(recipe)
     facts = read_facts(recipe.model)
     resolved(recipe, facts)
     check_out(recipe, force, facts)
@@ -38,6 +39,21 @@ def cheap(recipe: Recipe, force: bool = False) -> tuple[BaseFacts | None, Glance
     if recipe.eval_data is not None:
         glance(recipe.eval_data, "eval_data", recipe.task)
     return facts, found
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Raises `LoraError` where a setting asks for what is done with held-out rows, and there are none.
+
+    samples: a recipe that a run has written names its default as well, and 0 asks for nothing.
+    """
+    if recipe.eval_data is not None or recipe.eval_share is not None:
+        return
+    idle = [name for name in ("eval_every", "early_stop") if getattr(recipe, name) is not None]
+    if recipe.samples not in (0, Recipe.model_fields["samples"].default):
+        idle.append("samples")
+    if idle:
+        said = " and ".join(f"{name}={getattr(recipe, name)}" for name in idle)
+        raise LoraError(f"{said} needs eval_data or eval_share: no rows are held out; give one, or leave it out")
 
 
 def check_out(recipe: Recipe, force: bool, facts: BaseFacts | None = None) -> Path:

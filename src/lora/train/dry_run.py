@@ -7,7 +7,7 @@ from ..data.rows import Glance, glance
 from ..errors import LoraError
 from ..tables import table
 from .base_facts import BaseFacts, read_facts
-from .checks import check_out
+from .checks import check_held_out, check_out
 from .defaults import Resolved, adapter_parameters, amount, held_out, resolved, total_steps
 from .recipe import Recipe
 
@@ -21,6 +21,10 @@ def dry_run(recipe: Recipe, force: bool = False) -> tuple[str, LoraError | None]
     """
     errors: list[LoraError] = []
     facts, found, rows = None, None, None
+    try:
+        check_held_out(recipe)
+    except LoraError as error:
+        errors.append(error)
     try:
         facts = read_facts(recipe.model)
     except LoraError as error:

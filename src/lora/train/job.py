@@ -19,6 +19,7 @@ from .adapted import adapted, collator
 from .base import check_quantization, load_tokenizer, pick_dtype
 from .base_facts import BaseFacts, read_facts
 from .checkpoints import Checkpoints, Identity
+from .checks import check_held_out
 from .defaults import doubts, resolved
 from .feed import Feed, digest
 from .fit import largest_batch
@@ -30,7 +31,7 @@ from .memory_retry import ADVICE, MicroBatches, out_of_memory
 from .needs import check_needs
 from .quiet import quiet
 from .recipe import RECIPE_FILE, Recipe
-from .rows import RunRows, check_held_out, run_rows
+from .rows import RunRows, run_rows
 from .signals import Signals, StopAtStep, resume_command
 from .trackers import check_trackers
 from .trainer import LoraTrainer

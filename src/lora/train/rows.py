@@ -34,21 +34,6 @@ class RunRows:
     names: list[str] = field(default_factory=list)
 
 
-def check_held_out(recipe: Recipe) -> None:
-    """Raises `LoraError` where a setting asks for what is done with held-out rows, and there are none.
-
-    samples: a recipe that a run has written names its default as well, and 0 asks for nothing.
-    """
-    if recipe.eval_data is not None or recipe.eval_share is not None:
-        return
-    idle = [name for name in ("eval_every", "early_stop") if getattr(recipe, name) is not None]
-    if recipe.samples not in (0, Recipe.model_fields["samples"].default):
-        idle.append("samples")
-    if idle:
-        said = " and ".join(f"{name}={getattr(recipe, name)}" for name in idle)
-        raise LoraError(f"{said} needs eval_data or eval_share: no rows are held out; give one, or leave it out")
-
-
 def run_rows(recipe: Recipe, tokenizer: Any, say: Callable[[str], None]) -> RunRows:
     """Reads and encodes the recipe's rows; what was found is said. Raises `DataError` for rows that do not do."""
     rows, held_out = list(read_rows(recipe.data)), list[Row]()
