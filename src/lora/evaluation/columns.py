@@ -12,13 +12,13 @@ from ..data.encode import EncodedData, encode_rows
 from ..data.template import PromptTemplate
 from ..errors import LoraError
 from ..train.base import max_positions
+from ..train.defaults import LONGEST
 from ..train.generation import generate
 from ..train.losses import held_out_loss
 from .scores import bleu, exact, label_scores, perplexity, rouge_l
 from .sets import EvalSet
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
-_LONGEST = 2048  # of a row whose loss is measured, where the model says no less
 _AT_ONCE = 4096  # tokens of a batch whose loss is measured: their logits over a large vocabulary take gigabytes
 
 
@@ -115,4 +115,4 @@ def _loss(model: Any, tokenizer: Any, data: EncodedData, batch_size: int) -> flo
 
 
 def _max_length(model: Any) -> int:
-    return min(max_positions(model.config) or _LONGEST, _LONGEST)
+    return min(max_positions(model.config) or LONGEST, LONGEST)

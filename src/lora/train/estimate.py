@@ -18,12 +18,12 @@ from ..errors import LoraError, LoraWarning
 from ..tables import table
 from ..targets import output_heads
 from .base import DTYPES, load_config, max_positions
+from .defaults import LONGEST
 from .ledger import Peak, rounded, tensors_of
 from .quiet import quiet
 from .recipe import Recipe
 from .rehearse import Step, rehearse
 
-LONGEST = 2048  # tokens of a row where neither the recipe nor the model says less
 GIB = 2**30
 WORKSPACES = 3
 """Of cuBLAS: one for each pass, whose threads have a handle of their own, and one for the second stream of ours."""
