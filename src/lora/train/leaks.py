@@ -68,7 +68,7 @@ def _fault(model: Any) -> str | None:
         if outside:
             return f"in a trial the logits of row {number + 1} depend on tokens of other rows"
         alone = _logits(model, {"input_ids": torch.tensor([row["input_ids"]]), "use_cache": False})[0]
-        apart = float((logits - alone).float().square().mean().sqrt() / alone.float().std())
+        apart = float((logits.detach() - alone).float().square().mean().sqrt() / alone.float().std())
         if not apart <= near:
             return (
                 f"in a trial the logits of row {number + 1} are {apart:.1%} from those of the row alone (its positions "
