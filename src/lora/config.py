@@ -113,8 +113,43 @@ def _are_layers(value: Any) -> bool:
     return value is None or (value != [] and all(_is_number(index, -1, int) for index in indices))
 
 
+class AdapterConfig:
+    """What the settings of every adapter say: which modules it trains whole, and which biases."""
+
+    train: list[str]
+    bias: str
+
+
 @dataclass(frozen=True)
-class LoraConfig:
+class PromptConfig(AdapterConfig):
+    """The settings of a LLaMA-Adapter (arXiv:2303.16199).
+
+    Args:
+        layers: how many of the attentions it goes to, from the top.
+        prompt_length: learned prompts in each.
+        gate: one for each "head", through tanh, as published; or one for each "layer", without, as PEFT has it.
+
+    Raises:
+        LoraError: with every field that is wrong.
+    """
+
+    layers: int
+    prompt_length: int = 10
+    gate: str = "head"
+    train: list[str] = field(default_factory=list)
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        counts = {"layers": self.layers, "prompt_length": self.prompt_length}
+        wrong = [f"{name}: got {n!r}; a whole number of at least 1" for name, n in counts.items() if not _is_rank(n)]
+        if self.gate not in ("head", "layer"):
+            wrong.append(f"gate: got {self.gate!r}; 'head' or 'layer'")
+        if wrong:
+            raise LoraError("\n".join(wrong))
+
+
+@dataclass(frozen=True)
+class LoraConfig(AdapterConfig):
     """One adapter's settings; the keywords of `lora.inject`.
 
     Args:

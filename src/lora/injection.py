@@ -8,7 +8,7 @@ from torch import nn
 
 from .atomic import alone, whole_or_not
 from .bases import allow_training, offload_of
-from .config import LoraConfig, check_name
+from .config import AdapterConfig, LoraConfig, check_name
 from .errors import LoraError, LoraWarning, ends
 from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_left_out
 from .layers.copies import base_parameters
@@ -51,7 +51,7 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
     return model
 
 
-def new_adapter(root: nn.Module, name: str, config: LoraConfig, extra: dict[str, Any] | None = None) -> Adapter:
+def new_adapter(root: nn.Module, name: str, config: AdapterConfig, extra: dict[str, Any] | None = None) -> Adapter:
     """The record of an adapter to be, after the checks that need no module."""
     others = resident(root)
     check_root(root)
@@ -89,7 +89,7 @@ def _new(root: nn.Module, adapter: Adapter, targets: dict[str, nn.Module]) -> No
     install(root, adapter, fresh_parts(root, targets, adapter.config, loading=False), trainable=True)
 
 
-def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
+def fresh_parts(root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
     """The adapter's parts of every kind of host; when loading, with nothing drawn.
 
     A part inside a module of which another adapter has a copy is refused: while the copy acts, nothing reaches it.

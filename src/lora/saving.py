@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .activation import disabled
 from .atomic import steady
 from .bases import FrozenWeight
+from .config import LoraConfig
 from .errors import LoraError
 from .files.fingerprint import fingerprint
 from .files.fit import few
@@ -72,6 +73,8 @@ def contents(root: nn.Module, adapter: Adapter) -> Contents:
             weight = adapters.weight(host)
             if weight is not None:
                 weights[host_name] = weight
+    if not isinstance(adapter.config, LoraConfig):
+        raise LoraError(f"model: adapter {adapter.name!r} has prompts, which no file holds yet")
     config = to_peft(
         adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
         targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],

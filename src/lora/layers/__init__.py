@@ -1,5 +1,7 @@
 """Kinds of host: what a module becomes while adapters act on it, one file each; `kind.py` is their contract."""
 
+from .attention import PromptAdapters as PromptAdapters
+from .attention import attentions as attentions
 from .host import Adapter as Adapter
 from .host import LoraLayer as LoraLayer
 from .host import adapters_of as adapters_of

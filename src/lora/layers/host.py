@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 
 from ..bases import is_quantized
-from ..config import LoraConfig
+from ..config import AdapterConfig
 from ..exact import Undo
 from .askers import refuse_peft, tell_save_pretrained
 
@@ -25,7 +25,7 @@ class Adapter:
     """What all parts of one adapter share. `trainable_before`: the base's trainable parameters before any adapter."""
 
     name: str
-    config: LoraConfig
+    config: AdapterConfig
     trainable_before: frozenset[str]
     extra: dict[str, Any]  # keys of a loaded adapter_config.json that say nothing to us, kept for saving
     anchor: str = ""  # the full name of its first host, by which the module that it was given to is known again

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import bases
 from ..bases import FrozenWeight
-from ..config import LoraConfig, matches
+from ..config import AdapterConfig, matches
 from ..errors import near
 from ..exact import How, MergedModule
 from .host import Adapters, adapters_of, base_modules
@@ -61,7 +61,7 @@ class Kind(Adapters):
     # An adapter's part.
 
     @classmethod
-    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
         """Fresh parts of this kind for a new adapter, nothing attached yet.
 
         Args:

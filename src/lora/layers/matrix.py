@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import exact
 from ..bases import FrozenWeight, brought, keeps_forward, other_quantizer, weight_of
-from ..config import LoraConfig
+from ..config import AdapterConfig, LoraConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
 from ..ops import scale_output
@@ -79,8 +79,10 @@ class MatrixKind(Kind):
             )
 
     @classmethod
-    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
         """A fresh update for each target of this kind, with a bias of its own where the config trains biases."""
+        if not isinstance(config, LoraConfig):
+            return []
         update, parts = update_named(config.update), []
         for name, module in targets.items():
             if kind_of(module) is not cls:

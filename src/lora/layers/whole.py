@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import TO_SKIP, is_quantized, offload_of
-from ..config import LoraConfig, matches
+from ..config import AdapterConfig, matches
 from ..errors import LoraError
 from ..exact import How, MergedModule, Undo
 from .copies import base_parameters, copy_with_own, deep_copy, materialize_
@@ -137,7 +137,7 @@ class WholeAdapters(Kind):
                 take_layer(module, InnerLayer if covered else None)
 
     @classmethod
-    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: LoraConfig, loading: bool) -> list[Part]:
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
         """A copy of each module to train whole, and of each with a bias to train that is no target.
 
         What the copies share stays shared: tied parameters are tied in the copies, and what does not train is the
@@ -229,7 +229,7 @@ def _give_back(memory: list[tuple[Tensor, Tensor]]) -> None:
         tensor.data = data
 
 
-def _whole(modules: dict[str, nn.Module], config: LoraConfig, loading: bool) -> dict[str, tuple[str, ...]]:
+def _whole(modules: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> dict[str, tuple[str, ...]]:
     """The modules that `train` names, and the names of their parameters."""
     whole: dict[str, tuple[str, ...]] = {}
     leaves = [name.rpartition(".")[2] for name in modules]

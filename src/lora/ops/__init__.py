@@ -11,6 +11,7 @@
 | library | how an operator is told to torch |
 | recompute, philox | an input made again; a dropout mask made again |
 | frozen_linear, dequantize | the product with a quantized weight; its dense form |
+| prompt_attention | the gated attention to learned prompts, beside a model's own |
 | scale, row_norms | an output scale; the norms of the rows that DoRA divides by |
 | rehearsal | what stands for the kernels where a step is only rehearsed, on the meta device |
 | offload | checkpoints in pinned host memory, for `prepare` |
@@ -21,4 +22,5 @@ from .lora_linear import as_dtype as as_dtype
 from .lora_linear import lora_linear as lora_linear
 from .lora_linear import low_rank_product as low_rank_product
 from .lora_linear import summed_bias as summed_bias
+from .prompt_attention import add_prompt_attention as add_prompt_attention
 from .scale import scale_output as scale_output

@@ -2,6 +2,7 @@
 
 from .dora import DoRA as DoRA
 from .low_rank import LowRank as LowRank
+from .prompts import Prompts as Prompts
 from .update import Change as Change
 from .update import Pair as Pair
 from .update import Start as Start

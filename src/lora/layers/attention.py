@@ -1,0 +1,135 @@
+"""The attention of a decoder layer, with learned prompts beside its sequence (LLaMA-Adapter, arXiv:2303.16199)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AdapterConfig, PromptConfig
+from ..errors import LoraError
+from ..updates import Prompts
+from . import interface
+from .host import LoraLayer, adapters_of, base_modules, original_class
+from .kind import Kind, Line, Part, register
+from .matrix import refuse_replica
+
+
+class PromptedAttention(LoraLayer):
+    """An attention while prompts act. Its own forward runs, and sees a config that names our attention function."""
+
+    @property
+    def config(self) -> Any:
+        return interface.Seen(self.__dict__["config"])
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapters: Any = self._modules["lora"]
+        refuse_replica(self)
+        prompts = adapters.prompted(self, args, kwargs)
+        return adapters.original.forward(self, *args, **kwargs, lora_prompts=prompts)
+
+
+@register
+class PromptAdapters(Kind):
+    """The prompts of one attention, by adapter. Several that act are attended to apart, and their parts add."""
+
+    layer = PromptedAttention
+    by_targets = False
+    terms: tuple[Prompts, ...]
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        self.way = interface.Way.of(self.original)
+        interface.announce()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        interface.announce()
+
+    def prompted(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[interface.Prompted, ...]:
+        """What this call attends to beside its sequence."""
+        given = self.way.given(args, kwargs)
+        hidden: Tensor = next(iter(given.values()))
+        found = []
+        for term in self.terms:
+            keys, values = interface.keys_and_values(host, self.way, given, term.inputs(hidden))
+            found.append(interface.Prompted(keys, values, term.factors()))
+        return tuple(found)
+
+    @classmethod
+    def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
+        """Prompts for the topmost attentions of the decoder."""
+        if not isinstance(config, PromptConfig):
+            return []
+        found = list(attentions(root).items())
+        if config.layers > len(found):
+            raise LoraError(
+                f"layers: got {config.layers}; {type(root).__name__} has {len(found)} attentions that can carry "
+                "prompts, and the adapter goes to that many of them from the top"
+            )
+        return [Part(host, cls, _fresh(name, host, config, loading)) for name, host in found[-config.layers :]]
+
+    @classmethod
+    def tensors(cls, part: Prompts) -> dict[str, Tensor]:
+        return {"adaption_prompt": part.prompts, "adaption_gate": part.gate}
+
+    @classmethod
+    def line(cls, part: Prompts) -> Line:
+        _, length, hidden = part.prompts.shape
+        note = "prompts" if part.rule == "head" else "prompts, one gate a layer"
+        return Line((length, hidden), None, sum(p.numel() for p in part.parameters()), note)
+
+    def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
+        return f"{host.__dict__['config']._attn_implementation or 'eager'} + prompts"
+
+    def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
+        raise LoraError(
+            f"model: {', '.join(self.active)} has prompts in {name!r}, which every query attends to. They are no "
+            "change of a weight, so they cannot be merged; lora.activate the LoRA adapters alone to merge these"
+        )
+
+
+def attentions(root: nn.Module) -> dict[str, nn.Module]:
+    """The attentions of a decoder that can carry prompts, by full name, the lowest layer first.
+
+    Raises:
+        LoraError: there is none, or what keeps one from it.
+    """
+    kind = type(root).__name__
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        raise LoraError(f"model: {kind} is an encoder and a decoder; LLaMA-Adapter goes to decoders alone")
+    decoder = root.get_decoder() if callable(getattr(root, "get_decoder", None)) else root  # type: ignore[operator]
+    within = {module for _, module in base_modules(decoder)}
+    found = {n: m for n, m in base_modules(root) if m in within and interface.goes_through(original_class(m))}
+    if not found:
+        raise LoraError(
+            f"model: no module of {kind} looks up its attention in transformers' attention interface "
+            "(ALL_ATTENTION_FUNCTIONS), through which prompts are added; models of present transformers do"
+        )
+    for name, module in found.items():
+        if why := interface.why_not(original_class(module)):
+            raise LoraError(f"model: {name!r}, a {original_class(module).__name__}, cannot carry prompts: {why}")
+        if hasattr(module, "lora") and not isinstance(adapters_of(module), PromptAdapters):
+            raise LoraError(f"model: {name!r} has an attribute `lora` that is not ours, or is trained whole")
+        if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+            raise LoraError(
+                f"model: {name!r} has had its forward replaced on the instance, and prompts would be passed by; inject "
+                "before whatever replaces it"
+            )
+    return found
+
+
+def _fresh(name: str, host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:
+    own = host.__dict__["config"]
+    device = next(host.parameters()).device
+    if loading and device.type == "meta":
+        device = torch.device("cpu")
+    part = Prompts(config.prompt_length, own.hidden_size, own.num_attention_heads, config.gate, device)
+    if not loading:
+        part.reset_()
+    return part
