@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from .atomic import alone, whole_or_not
 from .bases import FrozenWeight
-from .config import LoraConfig, check_name
+from .config import AdapterConfig, LoraConfig, check_name
 from .errors import LoraError, LoraWarning
 from .files.adapter import AdapterFile, reading
 from .files.bounded import clip
 from .files.fingerprint import REQUANTIZED, apart, difference, other_quantization, quantization
 from .files.fit import check_fit, few, misfit
+from .files.forms import form_of
 from .files.header import CONFIG_FILE, PREFIX
-from .files.settings import check_cost, from_peft, meant
+from .files.settings import check_cost, meant
 from .files.writing import repair
 from .injection import fresh_parts, install, new_adapter
 from .layers import Adapter, Part, base_modules, kind_of
@@ -57,8 +58,7 @@ def load(
     check_name(name)
 
     def prepare(file: AdapterFile) -> tuple[AdapterFile, Adapter, list[Part], list[str]]:
-        config, extra = from_peft(file.config, str(file.folder / CONFIG_FILE))
-        update_named(config.update)
+        config, extra = form_of(file.config).read(file.config, str(file.folder / CONFIG_FILE))
         adapter = new_adapter(root, name, config, extra)
         adapter.config, parts, notes = _filled(root, file, config, check)
         return file, adapter, parts, notes
@@ -73,25 +73,28 @@ def load(
 
 
 def _filled(
-    root: nn.Module, file: AdapterFile, config: LoraConfig, check: bool
-) -> tuple[LoraConfig, list[Part], Notes]:
+    root: nn.Module, file: AdapterFile, config: AdapterConfig, check: bool
+) -> tuple[AdapterConfig, list[Part], Notes]:
     """(the settings, the adapter's parts with the file's values, what the user should know)
 
     Names and shapes come first, from the header: memory is taken for what fits.
     """
     names = {module: name for name, module in base_modules(root)}
-    targets, config, notes = _targets(root, file, config)
-    if dead := unseen(root, targets)[1]:
-        notes.append(f"what the adapter has on {dead} never calls them, acts only once it is merged")
-    _check_ranks(file, config, targets)
+    targets: dict[str, nn.Module] = {}
+    notes: Notes = []
+    if isinstance(config, LoraConfig):
+        targets, config, notes = _targets(root, file, config)
     parts = fresh_parts(root, targets, config, loading=True)
     copies = _check_shapes(root, file, _wanted(parts, names))
     tensors = file.tensors()
     if own := [key for key in copies if not _is_copy(copies[key], tensors[key])]:
+        if not isinstance(config, LoraConfig):
+            raise misfit(file, {"unexpected": own})
         config = _trained_too(root, file, config, own)
         notes.append(f"{few(own)} are not the base's, so they are taken for modules that were trained whole (train=)")
         parts = fresh_parts(root, targets, config, loading=True)
         _check_shapes(root, file, _wanted(parts, names))
+    notes += dict.fromkeys(note for host, kind, part in parts if (note := kind.loads_as(host, part)))
     if unknown := [key for key in copies if copies[key].is_meta]:
         notes.append(
             f"{few(unknown)} are left out as copies of the base's, which is on the meta device and cannot be compared. "
@@ -108,6 +111,8 @@ def _filled(
 
 
 def _targets(root: nn.Module, file: AdapterFile, config: LoraConfig) -> tuple[dict[str, nn.Module], LoraConfig, Notes]:
+    """The modules that the update is on, and the settings that say so in bounded time."""
+    update_named(config.update)
     known = config
 
     def choose(names: list[str], linear: list[str]) -> set[str]:
@@ -123,8 +128,12 @@ def _targets(root: nn.Module, file: AdapterFile, config: LoraConfig) -> tuple[di
             f"{type(root).__name__}; it was trained on {clip(base, 200)}: load it on that"
         )
     check_cost(config, list(targets), str(file.folder / CONFIG_FILE))
-    slow = [f"a pattern in {CONFIG_FILE} could take for ever to match; the tensors alone say what the targets are"]
-    return targets, known, [] if known is config else slow
+    notes = [f"a pattern in {CONFIG_FILE} could take for ever to match; the tensors alone say what the targets are"]
+    notes = [] if known is config else notes
+    if dead := unseen(root, targets)[1]:
+        notes.append(f"what the adapter has on {dead} never calls them, acts only once it is merged")
+    _check_ranks(file, known, targets)
+    return targets, known, notes
 
 
 def _check_ranks(file: AdapterFile, config: LoraConfig, targets: dict[str, nn.Module]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .activation import disabled
 from .atomic import steady
 from .bases import FrozenWeight
-from .config import LoraConfig
+from .config import LoraConfig, PromptConfig
 from .errors import LoraError
+from .files import prompts
 from .files.fingerprint import fingerprint
 from .files.fit import few
 from .files.header import PREFIX
@@ -73,13 +74,15 @@ def contents(root: nn.Module, adapter: Adapter) -> Contents:
             weight = adapters.weight(host)
             if weight is not None:
                 weights[host_name] = weight
-    if not isinstance(adapter.config, LoraConfig):
-        raise LoraError(f"model: adapter {adapter.name!r} has prompts, which no file holds yet")
+    named, task = getattr(root, "name_or_path", None), task_type(root, adapter.config.train)
+    if isinstance(adapter.config, PromptConfig):
+        config = prompts.to_peft(adapter.config, adapter.extra, keys=tensors, base_name=named, task_type=task)
+        return Contents(config, tensors, weights)
+    assert isinstance(adapter.config, LoraConfig)
     config = to_peft(
         adapter.config, adapter.extra, modules=[name for name, _ in base_modules(root)],
         targets=[n for n, _, a in hosts(root) if a.by_targets and adapter.name in a],
-        fan_in_fan_out=any(weight.transposed for weight in weights.values()),
-        base_name=getattr(root, "name_or_path", None), task_type=task_type(root, adapter.config.train),
+        fan_in_fan_out=any(weight.transposed for weight in weights.values()), base_name=named, task_type=task,
     )  # fmt: skip
     return Contents(config, tensors, weights)
 

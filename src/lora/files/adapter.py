@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import LoraError
 from .bounded import clip, parse
 from .commit import told
+from .forms import form_of
 from .header import BLANK, CHECKSUM, CONFIG_FILE, PREFIX, TENSOR_FILE, Entry, read_header
-from .settings import config_digest, config_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,14 +55,14 @@ class AdapterFile:
     @property
     def paired(self) -> bool:
         """Whether the two files were saved together, as far as they tell."""
-        return self.metadata.get(CONFIG_DIGEST) in (None, config_digest(self.config))
+        return self.metadata.get(CONFIG_DIGEST) in (None, form_of(self.config).digest(self.config))
 
     @property
     def modules(self) -> dict[str, list[str]]:
         """The keys of the tensors of each module that holds an update, by its full name in the base."""
         found: dict[str, list[str]] = {}
         for key in self.entries:
-            name, mark, _ = key.removeprefix(PREFIX).partition(".lora_")
+            name, mark, _ = key.removeprefix(PREFIX).partition(form_of(self.config).mark)
             if mark:
                 found.setdefault(name, []).append(key)
         return found
@@ -115,7 +115,7 @@ def read(folder: Path) -> AdapterFile:
     """Read a folder, ours or PEFT's.
 
     Raises:
-        LoraError: a file is missing, is not what its name says, or is no LoRA adapter.
+        LoraError: a file is missing, is not what its name says, or is no adapter that the library knows.
     """
     return reading(folder, lambda file: file)
 
@@ -213,7 +213,5 @@ def _config(file: Path, raw: bytes) -> dict[str, Any]:
         raise LoraError(f"{file}: is not JSON ({clip(error, 200)}); copy it again") from None
     if not isinstance(config, dict):
         raise LoraError(f"{file}: holds {type(config).__name__}; a JSON object is expected")
-    if config.get("peft_type") != "LORA":
-        raise LoraError(f"{file}: peft_type is {clip(repr(config.get('peft_type')))}; this library reads 'LORA'")
-    config_of(config, str(file))
+    form_of(config, str(file)).check(config, str(file))
     return config

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import LoraConfig, scaling
+from ..config import AdapterConfig, LoraConfig, scaling
 from ..tables import size, starred, table
+from . import prompts
 from .adapter import AdapterFile, reading
 from .bounded import clip
+from .forms import form_of
 from .header import CONFIG_FILE, PREFIX, Entry
 from .settings import check_cost, config_of
 
@@ -90,7 +92,10 @@ class Description:
         }  # fmt: skip
 
     def _settings(self) -> str:
-        config, found = self.file.config, config_of(self.file.config, CONFIG_FILE)
+        config = self.file.config
+        if config["peft_type"] == "ADAPTION_PROMPT":
+            return "settings: " + prompts.words(config, CONFIG_FILE)
+        found = config_of(config, CONFIG_FILE)
         parts = [f"r {config.get('r')}, alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout', 0)}"]
         parts += [name for key, name in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")) if config.get(key)]
         if config.get("lora_update"):
@@ -106,7 +111,7 @@ def describe(folder: Path) -> Description:
     """What a folder holds, from its settings and the header of its tensors.
 
     Raises:
-        LoraError: a file is missing, is not what its name says, or is no LoRA adapter.
+        LoraError: a file is missing, is not what its name says, or is no adapter that is known.
     """
     return reading(folder, _description)
 
@@ -114,7 +119,7 @@ def describe(folder: Path) -> Description:
 def _description(file: AdapterFile) -> Description:
     file.verified  # noqa: B018  (from the state of the folder that the rest is from)
     where = str(file.folder / CONFIG_FILE)
-    config = config_of(file.config, where)
+    config = form_of(file.config).check(file.config, where)
     halves: dict[str, dict[str, Entry]] = {}
     targets: dict[tuple[Any, ...], Target] = {}
     others: dict[tuple[Any, ...], Target] = {}
@@ -126,7 +131,8 @@ def _description(file: AdapterFile) -> Description:
             others.setdefault((shown, entry), Target(shown, entry)).modules += 1
         else:
             halves.setdefault(match["module"], {})[match["half"]] = entry
-    check_cost(config, list(halves), where)
+    if isinstance(config, LoraConfig):
+        check_cost(config, list(halves), where)
     incomplete = sorted(module for module, pair in halves.items() if len(pair) == 1)
     for module in sorted(halves.keys() - set(incomplete), key=natural):
         a, b = halves[module]["A"], halves[module]["B"]
@@ -135,10 +141,12 @@ def _description(file: AdapterFile) -> Description:
     return Description(file, list(targets.values()), list(others.values()), incomplete)
 
 
-def _scaling(module: str, a: Entry, config: LoraConfig) -> float | None:
-    """None for an update of no rank."""
+def _scaling(module: str, a: Entry, config: AdapterConfig) -> float | None:
+    """None for an update of no rank, or of another form."""
+    if not isinstance(config, LoraConfig) or not a.shape[0]:
+        return None
     assert config.alpha is not None
-    return scaling(module, config.alpha, config.alpha_pattern, a.shape[0], config.rslora) if a.shape[0] else None
+    return scaling(module, config.alpha, config.alpha_pattern, a.shape[0], config.rslora)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -41,6 +41,8 @@ def norms(file: AdapterFile) -> list[Norm]:
     """
     import numpy as np
 
+    if file.config["peft_type"] != "LORA":
+        raise LoraError(f"{file.folder}: it holds no low-rank update, of which a norm could be told; leave --norms out")
     config = config_of(file.config, CONFIG_FILE)
     assert config.alpha is not None
     starts, place = {}, len(file.header)

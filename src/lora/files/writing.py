@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LoraError
 from .adapter import CHUNK, CONFIG_DIGEST, REPLACES, SETTINGS, AdapterFile, reading
 from .commit import locked, replaced_together, sweep, told
+from .forms import form_of
 from .header import CONFIG_FILE, TENSOR_FILE
-from .settings import config_digest
 from .tensors import write_tensors
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, "Tensor"],
             order = files[:1] if before == after else files
             if not before and not files[0].exists():
                 order, before = files[::-1], after  # the first save: the config alone is no adapter yet
-            header = {**metadata, CONFIG_DIGEST: config_digest(config), SETTINGS: text, REPLACES: before}
+            header = {**metadata, CONFIG_DIGEST: form_of(config).digest(config), SETTINGS: text, REPLACES: before}
             with replaced_together(*order) as temporary:
                 for file, new in zip(order, temporary, strict=True):
                     if file == files[0]:

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..activation import disabled
-from ..config import SETTINGS
 from ..errors import LoraError, LoraWarning
 from ..files.adapter import AdapterFile, reading
 from ..files.fit import check_fit, few
+from ..files.forms import form_of
 from ..files.header import CONFIG_FILE
-from ..files.settings import config_digest
 from ..layers import Adapter, hosts
 from ..layers.copies import base_parameters
 from ..layers.host import submodule
@@ -102,8 +101,9 @@ def _read(model: nn.Module, name: str, place: Path) -> list[tuple[Tensor, Tensor
 
     def values(file: AdapterFile) -> list[tuple[Tensor, Tensor]]:
         config, tensors, weights = contents(root, adapter)
-        keys = {setting.peft for setting in SETTINGS.values() if setting.maths}
-        if config_digest(file.config) != config_digest(config):
+        form = form_of(config)
+        if form.digest(file.config) != form.digest(config):
+            keys = {"peft_type", *form.maths}
             other = sorted(key for key in keys if file.config.get(key) != config.get(key))
             told = "; ".join(f"{key} is {file.config.get(key)!r} there and {config.get(key)!r} here" for key in other)
             raise LoraError(f"{place}: it was saved with other settings: {told}; inject the adapter as it was")

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import FrozenWeight, weight_of
 from ..config import AdapterConfig, PromptConfig
 from ..errors import LoraError
 from ..updates import Prompts
@@ -79,6 +80,21 @@ class PromptAdapters(Kind):
         return {"adaption_prompt": part.prompts, "adaption_gate": part.gate}
 
     @classmethod
+    def loads_as(cls, host: nn.Module, part: Prompts) -> str:
+        last = _projections(host)[-1:]
+        if part.rule == "head" or not last or last[0]._parameters.get("bias") is None:
+            return ""
+        return (
+            "the attention's output projection has a bias, which PEFT adds a second time with its prompts; here it is "
+            "added once, so the outputs differ by it"
+        )
+
+    @classmethod
+    def weight(cls, host: nn.Module) -> FrozenWeight | None:
+        first = _projections(host)[:1]
+        return weight_of(first[0]) if first else None
+
+    @classmethod
     def line(cls, part: Prompts) -> Line:
         _, length, hidden = part.prompts.shape
         note = "prompts" if part.rule == "head" else "prompts, one gate a layer"
@@ -122,6 +138,11 @@ def attentions(root: nn.Module) -> dict[str, nn.Module]:
                 "before whatever replaces it"
             )
     return found
+
+
+def _projections(host: nn.Module) -> list[nn.Module]:
+    """The linears of an attention, in their order: that of the output is the last."""
+    return [module for _, module in base_modules(host) if module is not host and weight_of(module) is not None]
 
 
 def _fresh(name: str, host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:

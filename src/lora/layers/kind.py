@@ -99,6 +99,11 @@ class Kind(Adapters):
         raise NotImplementedError
 
     @classmethod
+    def loads_as(cls, host: nn.Module, part: Any) -> str:
+        """What a user should know of what a file's part does on this host; "" for nothing."""
+        return ""
+
+    @classmethod
     def weight(cls, host: nn.Module) -> FrozenWeight | None:
         """The frozen weight that an adapter here belongs to, of which a file keeps a fingerprint."""
         return None

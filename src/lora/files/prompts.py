@@ -1,0 +1,74 @@
+"""PEFT's adapter_config.json of an adaption prompt (LLaMA-Adapter), to and from our settings."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ..config import PromptConfig
+from ..errors import LoraError
+from .bounded import clip, clip_lines
+from .header import PREFIX
+
+PROMPT, GATE = ".adaption_prompt", ".adaption_gate"
+# Our fields by their keys. PEFT has no word for a gate of each head, and its own gate is one for each layer.
+KEYS = {"layers": "adapter_layers", "prompt_length": "adapter_len", "gate": "lora_gate"}
+_THEIRS = {"gate": "layer"}
+_MOST = {"adapter_layers": 10_000, "adapter_len": 1_000_000}
+
+
+def to_peft(
+    config: PromptConfig, extra: dict[str, Any], *, keys: Iterable[str], base_name: str | None, task_type: str | None
+) -> dict[str, Any]:
+    """The contents of adapter_config.json; `keys`: of the tensors, which name the attentions."""
+    owners = {key.removeprefix(PREFIX).removesuffix(PROMPT).rpartition(".")[2] for key in keys if key.endswith(PROMPT)}
+    base_name = base_name or extra.get("base_model_name_or_path")
+    known: dict[str, Any] = {
+        **{theirs: getattr(config, ours) for ours, theirs in KEYS.items()}, "peft_type": "ADAPTION_PROMPT",
+        "task_type": task_type, "base_model_name_or_path": base_name, "revision": None, "inference_mode": True,
+        "target_modules": "|".join(sorted(owners)),
+    }  # fmt: skip
+    for ours, theirs in _THEIRS.items():  # a file of PEFT's own form stays one
+        if known[KEYS[ours]] == theirs:
+            del known[KEYS[ours]]
+    here = {"base_model_name_or_path": base_name} if base_name else {}
+    return dict(sorted({**known, **extra, **here}.items()))
+
+
+def from_peft(found: dict[str, Any], where: str) -> tuple[PromptConfig, dict[str, Any]]:
+    """(our config, the keys to keep as they are) from the contents of adapter_config.json."""
+    ours = {*KEYS.values(), "inference_mode", "peft_type", "task_type", "revision", "target_modules"}
+    return config_of(found, where), {key: value for key, value in found.items() if key not in ours}
+
+
+def config_of(found: dict[str, Any], where: str) -> PromptConfig:
+    """Our config of an adapter_config.json.
+
+    Raises:
+        LoraError: a value that is missing, of the wrong type or out of range.
+    """
+    for key, most in _MOST.items():
+        value = found.get(key)
+        if type(value) is not int or not 1 <= value <= most:
+            raise LoraError(f"{where}: {key} is {clip(repr(value))}; a whole number from 1 to {most:,}")
+    text = found.get("base_model_name_or_path")
+    if text is not None and not (isinstance(text, str) and len(text) <= 4096):
+        raise LoraError(f"{where}: base_model_name_or_path is {clip(repr(text))}; null or a text")
+    try:
+        fields: dict[str, Any] = {ours: found.get(theirs, _THEIRS.get(ours)) for ours, theirs in KEYS.items()}
+        return PromptConfig(**fields)
+    except LoraError as error:
+        raise LoraError(f"{where}: {clip_lines(error)}") from None
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """What of adapter_config.json gives the tensors their meaning; the two files of a save belong together by it."""
+    values = ["ADAPTION_PROMPT", *([key, config.get(key)] for key in sorted(KEYS.values()))]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def words(found: dict[str, Any], where: str) -> str:
+    """The settings for a reader."""
+    config = config_of(found, where)
+    gate = "a gate for each head" if config.gate == "head" else "one gate for each layer, as PEFT has it"
+    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}"
