@@ -1,5 +1,6 @@
 """The attention of a decoder layer, with learned prompts beside its sequence (LLaMA-Adapter, arXiv:2303.16199)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from ..errors import LoraError
 from ..updates import Prompts
 from . import interface
 from .host import LoraLayer, adapters_of, base_modules, original_class
-from .kind import Kind, Line, Part, register
+from .kept import room
+from .kind import Kind, Line, Part, hosts, register
 from .matrix import refuse_replica
+from .rows import Rows
 
 
 class PromptedAttention(LoraLayer):
@@ -44,6 +47,7 @@ class PromptAdapters(Kind):
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
         self.way = interface.Way.of(self.original)
+        self.rows: Rows | None = None
         interface.announce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -55,12 +59,24 @@ class PromptAdapters(Kind):
     ) -> tuple[interface.Prompted, ...]:
         """What this call attends to beside its sequence."""
         given = self.way.given(args, kwargs)
-        hidden: Tensor = next(iter(given.values()))
+        hidden: Tensor = given[self.way.names[0]]  # (batch, length, hidden)
+        kept = room(host, given.get("past_key_values"), hidden.shape[1])
         found = []
         for term in self.terms:
-            keys, values = interface.keys_and_values(host, self.way, given, term.inputs(hidden))
-            found.append(interface.Prompted(keys, values, term.factors()))
-        return tuple(found)
+            made = None if kept is None else kept.get(term.serial)
+            if made is None or len(made[0]) not in (1, len(hidden)):
+                made = interface.keys_and_values(host, self.way, given, term.inputs(hidden))
+            if kept is not None:
+                kept[term.serial] = made
+            found.append(interface.Prompted(*made, term.factors()))
+        return tuple(found) if self.rows is None else self.rows.choose(found, len(hidden))
+
+    def set_rows(self, host: nn.Module, names: Sequence[str | None] | None) -> None:
+        """Which adapter each row of a batch has, of those that act; None: every row all that act."""
+        self.rows = None
+        if names is not None:
+            index = [self.active.index(name) if name in self.active else -1 for name in names]
+            self.rows = Rows(torch.tensor(index, device=next(host.parameters()).device))
 
     @classmethod
     def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
@@ -122,14 +138,18 @@ def attentions(root: nn.Module) -> dict[str, nn.Module]:
     decoder = root.get_decoder() if callable(getattr(root, "get_decoder", None)) else root  # type: ignore[operator]
     within = {module for _, module in base_modules(decoder)}
     found = {n: m for n, m in base_modules(root) if m in within and interface.goes_through(original_class(m))}
+    found = {name: module for name, module in found.items() if not getattr(module, "is_cross_attention", False)}
     if not found:
         raise LoraError(
             f"model: no module of {kind} looks up its attention in transformers' attention interface "
             "(ALL_ATTENTION_FUNCTIONS), through which prompts are added; models of present transformers do"
         )
     for name, module in found.items():
-        if why := interface.why_not(original_class(module)):
-            raise LoraError(f"model: {name!r}, a {original_class(module).__name__}, cannot carry prompts: {why}")
+        cls, function = original_class(module), module.__dict__["config"]._attn_implementation
+        if why := interface.why_not(cls):
+            raise LoraError(f"model: {name!r}, a {cls.__name__}, cannot carry prompts: {why}")
+        if function in interface.Way.of(cls).branches:
+            raise LoraError(interface.branches(module, function))
         if hasattr(module, "lora") and not isinstance(adapters_of(module), PromptAdapters):
             raise LoraError(f"model: {name!r} has an attribute `lora` that is not ours, or is trained whole")
         if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
@@ -138,6 +158,13 @@ def attentions(root: nn.Module) -> dict[str, nn.Module]:
                 "before whatever replaces it"
             )
     return found
+
+
+def set_rows(root: nn.Module, names: Sequence[str | None] | None) -> None:
+    """Which adapter each row of a batch has, in every attention; None: every row all that act."""
+    for _, host, adapters in hosts(root):
+        if isinstance(adapters, PromptAdapters):
+            adapters.set_rows(host, names)
 
 
 def _projections(host: nn.Module) -> list[nn.Module]:

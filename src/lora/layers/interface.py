@@ -93,8 +93,19 @@ def named(host: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function that a host's real config names."""
     interface: Any = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     own: Any = host._modules["lora"]
-    found: Callable[..., Any] = interface.get_interface(host.__dict__["config"]._attn_implementation, own.way.eager)
+    name = host.__dict__["config"]._attn_implementation
+    if name in own.way.branches:
+        raise LoraError(branches(host, name))
+    found: Callable[..., Any] = interface.get_interface(name, own.way.eager)
     return found
+
+
+def branches(host: nn.Module, name: str) -> str:
+    """The words for a class that takes a way of its own where its config names this function."""
+    return (
+        f"model: {original_class(host).__name__} takes a way of its own where the attention is {name!r}, which prompts "
+        "would pass by; load the model with another attn_implementation"
+    )
 
 
 def announce() -> None:
@@ -110,18 +121,24 @@ def forward_of(cls: type[nn.Module]) -> Any:
 
 
 class Way(NamedTuple):
-    """What a class's forward takes, by name, and the attention in plain torch that stands in its file, which
-    transformers takes for "eager". Read once: traced code would not."""
+    """What is known of a class's forward. Read once: traced code would not.
+
+    names: what it takes, by name. eager: the attention in plain torch that stands in its file, which transformers
+    takes for "eager". branches: the names of attention functions for which it may do something else.
+    """
 
     names: tuple[str, ...]
     eager: Any
+    branches: frozenset[str]
 
     @classmethod
     def of(cls, kind: type[nn.Module]) -> "Way":
         forward = forward_of(kind)
         eager = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
         names = tuple(inspect.signature(forward).parameters)[1:]
-        return cls(names, forward.__globals__[eager[0]] if eager else None)
+        texts = {c for const in forward.__code__.co_consts for c in (const if isinstance(const, tuple) else (const,))}
+        others = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}
+        return cls(names, forward.__globals__[eager[0]] if eager else None, frozenset(texts & others))
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a call gives, by name."""
@@ -147,9 +164,6 @@ def why_not(cls: type[nn.Module]) -> str:
         return f"it needs {', '.join(more)} to make its keys and values"
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         return "it takes no keywords to hand on to the attention function"
-    texts = {c for const in forward.__code__.co_consts for c in (const if isinstance(const, tuple) else (const,))}
-    if texts & {"eager", "sdpa", "flash_attention_2", "flex_attention"}:
-        return "it takes another way for some names of the attention function"
     return ""
 
 

@@ -31,8 +31,8 @@ def add_prompt_attention(
     groups = query.shape[1] // keys.shape[1]
     keys = keys.to(query.dtype).repeat_interleave(groups, dim=1)
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).repeat_interleave(groups, dim=1)
-    # Subtracted below: x - 0 is x also where x is -0.0, which x + 0 is not.
-    scaled = (wide * -factors[:, :, None, None]).to(query.dtype)
+    # Subtracted below: x - 0 is x also where x is -0.0, which x + 0 is not; + 0.0 makes a zero of f such a 0.
+    scaled = (wide * -factors[:, :, None, None] + 0.0).to(query.dtype)
     keys, scaled = keys.expand(len(query), -1, -1, -1), scaled.expand(len(query), -1, -1, -1)
     if mask is not None:
         mask = mask[:, None, None, :]

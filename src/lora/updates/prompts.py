@@ -3,10 +3,12 @@
 It is no change of a matrix, so it is no `Update`: nothing of it can be merged.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
-GATES = ("head", "layer")
+_SERIAL = itertools.count()
 
 
 class Prompts(nn.Module):
@@ -22,8 +24,17 @@ class Prompts(nn.Module):
         self.heads, self.rule = heads, gate
         self.prompts = nn.Parameter(torch.empty(1, length, hidden, device=device, dtype=torch.float32))
         self.gate = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
-        # What a condition adds for one batch, (batch, 1 or K, hidden); no parameter, and in no file.
-        self.added: Tensor | None = None
+        self._added: Tensor | None = None
+        self.serial = next(_SERIAL)
+
+    @property
+    def added(self) -> Tensor | None:
+        """What a condition adds to the prompts of one batch, (batch, 1 or K, hidden); no parameter, and in no file."""
+        return self._added
+
+    @added.setter
+    def added(self, value: Tensor | None) -> None:
+        self._added, self.serial = value, next(_SERIAL)  # what was kept of the prompts is of others now
 
     def reset_(self) -> None:
         """Draw the prompts and close the gate."""

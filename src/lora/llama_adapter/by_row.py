@@ -1,0 +1,60 @@
+"""rows: another LLaMA-Adapter, or none, for each row of a batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..atomic import alone, later_interrupts, whole_or_not
+from ..config import PromptConfig, check_name
+from ..errors import LoraError, near
+from ..layers import hosts, set_rows
+from ..layers.host import activate as activate_host
+from ..resident import acting, activate_all, refuse_merged, resident, unwrap
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Within the block each row of a batch has the adapter of its name, or none; afterwards what acted acts.
+
+    Low-rank adapters that act go on acting on all rows. A batch may be a multiple of the rows, as generation repeats
+    each row for its beams or answers.
+
+    Args:
+        names: for each row the name of a LLaMA-Adapter, or None for the base.
+
+    Raises:
+        LoraError: a name that is no LLaMA-Adapter of the model, one that trains more than prompts, a merged model.
+    """
+    root = unwrap(model)
+    before: dict[nn.Module, tuple[str, ...]] = {}
+
+    def enter() -> None:
+        chosen = list(dict.fromkeys(name for name in names if name is not None))
+        prompts = _prompts(root)
+        for name in chosen:
+            if check_name(name) not in prompts:
+                raise LoraError(f"names: the model has no LLaMA-Adapter {name!r}{near(name, prompts)}")
+        refuse_merged(root)
+        before.update({host: adapters.active for _, host, adapters in hosts(root)})
+        activate_all(root, [*(name for name in acting(root) if name not in prompts), *chosen])
+        set_rows(root, list(names))
+
+    def leave() -> None:
+        set_rows(root, None)
+        for _, host, _ in hosts(root):
+            activate_host(host, before.get(host, ()))
+
+    if not len(names) or isinstance(names, str):
+        raise LoraError(f"names: got {names!r}; a list of a name or None for each row")
+    with alone():
+        whole_or_not(root, lambda _: enter())
+    try:
+        yield model
+    finally:
+        with later_interrupts(), alone():
+            whole_or_not(root, lambda _: leave())
+
+
+def _prompts(root: nn.Module) -> list[str]:
+    return [name for name, record in resident(root).items() if isinstance(record.config, PromptConfig)]
