@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from lora.data.rows import Glance, glance, is_local, read_rows
 from lora.data.sound import Placed, place
 from lora.errors import DataError, LoraWarning
+from said import said
 
 ROWS = [{"prompt": 'a;\tb, "c"\nd', "completion": "é\u2028ü"}, {"prompt": "2", "completion": "vier"}]
 FORMAT = "prompt/completion"
@@ -53,10 +55,62 @@ def test_tool_rows_every_file_gives_the_same_rows_packed_or_not(tmp_path: Path, 
     data = FILES[name]()
     path = tmp_path / (name + ".gz" if packed in (".gz", "the name without gz") else name)
     path.write_bytes(gzip.compress(data) if packed in (".gz", "gz without the name") else data)
-    rows = read_rows(path)
+    note = {
+        "gz without the name": [f"{name}' is gzipped and not called .gz; it is read as it is"],
+        "the name without gz": [f"{name}.gz' is called .gz and not gzipped; it is read as it is"],
+    }.get(packed, [])
+    with said(*note):
+        rows = read_rows(path)
     assert rows == ROWS
     assert [place(row, 0) for row in rows] == ["1", "2"]
-    assert glance(path) == Glance(FORMAT, 2)
+    with said(*note):
+        assert glance(path) == Glance(FORMAT, 2)
+
+
+def all_faults(path: Path) -> list[str]:
+    """The lines of the error but for the first, without the file's name."""
+    with pytest.raises(DataError) as told:
+        read_rows(path)
+    first, *faults = str(told.value).splitlines()
+    assert first == f"data: {len(faults)} rows cannot be read; correct or remove them"
+    return [fault.removeprefix("  - ").replace(f" of {str(path)!r}", "") for fault in faults]
+
+
+def test_all_broken_rows_of_a_table_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n1,2\n1,2,3\n"a"b,c\n1\n1,2\n')
+    uneven = "has not as many cells as the header (['prompt', 'completion']); quote cells that hold ','"
+    assert [fault.partition(": ")[0] for fault in all_faults(path)] == [
+        f"row 2 {uneven}", "near line 4 cannot be read as a row", f"row 4 {uneven}"
+    ]  # fmt: skip
+    path = tmp_path / "a.tsv"
+    path.write_text('question\tanswer\na\n"b" c\td\n')
+    assert [fault.split()[:3] for fault in all_faults(path)] == [["row", "1", "has"], ["near", "line", "3"]]
+
+
+def bytes_as_text(*values: bytes) -> pa.Table:
+    """Arrow takes any bytes for text until they are read."""
+    ends = pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))
+    text = pa.StringArray.from_buffers(len(values), ends, pa.py_buffer(b"".join(values)))
+    return pa.table({"text": text})
+
+
+def test_all_broken_rows_of_parquet_and_of_saved_sets_are_told_at_once(tmp_path: Path) -> None:
+    table = bytes_as_text(b"x", b"\xff", b"y", b"\xe9t\xe9")
+    pq.write_table(table, tmp_path / "a.parquet")
+    faults = all_faults(tmp_path / "a.parquet")
+    assert [fault.partition(" (")[0] for fault in faults] == [
+        "row 2 holds bytes that are not UTF-8 text", "row 4 holds bytes that are not UTF-8 text"
+    ]  # fmt: skip
+    calls = datasets.Features({"messages": datasets.List(datasets.Json())})
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"messages": [[{"role": "user"}]] * 3}, features=calls).save_to_disk(folder)
+    broken = pa.table({"messages": [["{"], ["{}"], ["["]]})
+    with pa.ipc.new_stream(next(folder.glob("*.arrow")), broken.schema) as file:
+        file.write_table(broken)
+    assert all_faults(folder) == [
+        "row 1 holds a Json value that is not JSON: '{'", "row 3 holds a Json value that is not JSON: '['"
+    ]  # fmt: skip
 
 
 def test_a_tsv_that_does_not_quote(tmp_path: Path) -> None:
@@ -136,7 +190,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "utf-16": ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "line 1, is not UTF-8 text"),
     "a field twice": ("a.jsonl", b'{"text": "x", "text": "y"}', "line 1 of .*the field 'text' is there twice"),
     "a column twice": ("a.csv", b"text,text\nx,y\n", "two columns named 'text'"),
-    "no table": ("a.tsv", b'question\tanswer\n"a" b\n', "near line 2: "),
+    "no table": ("a.tsv", b'question\tanswer\n"a" b\n', "near line 2 of .*cannot be read as a row: "),
     "torn gzip": ("a.jsonl.gz", gzip.compress(jsonl())[:-9], "cannot be read"),
     "rotten gzip": ("a.jsonl.gz", b"\x1f\x8bxxxxxxxxxxxxxxx", "cannot be read"),
     "a suffix": ("a.docx.gz", b"x", r"ends in '\.gz'; readable are \.jsonl, \.ndjson"),

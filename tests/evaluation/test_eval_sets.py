@@ -23,6 +23,15 @@ def test_rows_with_one_prompt_are_asked_once_and_share_their_references() -> Non
     assert (found.metrics, found.max_new_tokens) == (("perplexity", "bleu", "rouge_l", "exact"), 128)
 
 
+def test_all_rows_that_cannot_be_scored_are_told_at_once() -> None:
+    good, bad = {"prompt": "a", "completion": "x"}, {"prompt": "b"}
+    with pytest.raises(DataError) as told:
+        data_set([good, bad, good, bad], (), None, None)
+    first, *faults = str(told.value).splitlines()
+    assert first == "data: 2 rows cannot be measured; correct or remove them"
+    assert [fault.split(": ")[0] for fault in faults] == ["  - row 2", "  - row 4"]
+
+
 def test_a_row_may_have_several_references() -> None:
     found = data_set([{"prompt": "a", "references": ["x", "y"]}], (), None, 7)
     assert (found.by_prompt(), found.max_new_tokens) == ([["x", "y"]], 7)

@@ -9,6 +9,7 @@ import torch
 import lora
 from lora import LoraConfig
 from lora.bases import loadable
+from lora.data.labels import labelled_texts
 from lora.data.sound import Placed
 from lora.errors import DataError, LoraError
 from lora.train.base import load_tokenizer
@@ -83,6 +84,15 @@ def test_rows_that_teach_no_label(encoder: Path, rows: list[dict[str, Any]], mes
 def test_a_label_that_training_had_not_is_named_by_its_row(tok: Any) -> None:
     with pytest.raises(DataError, match="eval_data: row 2: its label is none of good, bad"):
         encode_labelled([ROWS[0], {"text": "x", "label": "so-so"}], tok, 64, ["good", "bad"], "eval_data")
+
+
+def test_all_rows_without_a_text_or_a_label_are_told_at_once() -> None:
+    rows = [ROWS[0], {"text": "x"}, {"text": " ", "label": "good"}, ROWS[1], {"text": "y", "label": 0.5}]
+    with pytest.raises(DataError) as told:
+        labelled_texts(rows)
+    first, *faults = str(told.value).splitlines()
+    assert first == "data: 3 rows cannot be trained on; correct or remove them"
+    assert [fault.split(": ")[0] for fault in faults] == ["  - row 2", "  - row 3", "  - row 5"]
 
 
 def test_untrained_head_trains_whole_and_comes_back(encoder: Path, tok: Any, tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ def leaving_at_once() -> Iterator[None]:
 def clean_warnings() -> Iterator[None]:
     """Within it, our own warnings are one line each, once, without a source position; others stay silent."""
 
+    told: set[str] = set()
+
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if str(message) in told:  # of the rows, which are looked at before anything heavy is loaded, and read again
+            return
+        told.add(str(message))
         stderr().print(f"[yellow]note:[/] {escape(str(message))}", highlight=False)
 
     with warnings.catch_warnings():

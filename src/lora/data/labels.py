@@ -1,30 +1,41 @@
 """Rows of a text and its label, for a classifier."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..errors import DataError
-from .sound import Row, place, shown
+from .sound import Row, all_told, place, shown
 
 TEXT_FIELDS = ("text", "sentence")
 LABEL_FIELD = "label"
 
 
-def labelled_texts(rows: Sequence[Row], argument: str = "data") -> Iterator[tuple[str, str]]:
-    """(text, label) of each row. Raises `DataError` for a row without one of them, by its place."""
+def labelled_texts(rows: Sequence[Row], argument: str = "data") -> list[tuple[str, str]]:
+    """(text, label) of each row. Raises `DataError` that names the rows without one of them."""
+    found: list[tuple[str, str]] = []
+    faults: list[str] = []
     for number, row in enumerate(rows, 1):
-        where = f"{argument}: row {place(row, number)}"
-        field = text_field(row)
-        if field is None or row.get(LABEL_FIELD) is None:
-            raise DataError(
-                f"{where}: its fields are {shown(list(row))}; a classifier's rows have text or sentence, and label (a "
-                "table names its columns in its first line)"
-            )
-        text, label = row[field], row[LABEL_FIELD]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: {field} is {shown(text)}; it must be text")
-        if not isinstance(label, (str, int)) or not str(label).strip():
-            raise DataError(f"{where}: label is {shown(label)}; it must be a name or a whole number")
-        yield text, str(label).strip()
+        try:
+            found.append(_labelled(row))
+        except DataError as error:
+            faults.append(f"row {place(row, number)}: {error}")
+    if faults:
+        raise DataError(f"{argument}: {all_told(faults, 'cannot be trained on')}")
+    return found
+
+
+def _labelled(row: Row) -> tuple[str, str]:
+    field = text_field(row)
+    if field is None or row.get(LABEL_FIELD) is None:
+        raise DataError(
+            f"its fields are {shown(list(row))}; a classifier's rows have text or sentence, and label (a table names "
+            "its columns in its first line)"
+        )
+    text, label = row[field], row[LABEL_FIELD]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{field} is {shown(text)}; it must be text")
+    if not isinstance(label, (str, int)) or not str(label).strip():
+        raise DataError(f"label is {shown(label)}; it must be a name or a whole number")
+    return text, str(label).strip()
 
 
 def labelled_format(row: Row) -> str:

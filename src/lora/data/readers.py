@@ -5,23 +5,18 @@ import gzip
 import io
 import json
 import sys
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..errors import DataError
-from .sound import Row, shown
+from ..errors import DataError, LoraWarning
+from .arrow import rows_of
+from .sound import Broken, Row, shown
 
 _GZIP = b"\x1f\x8b"
 _DELIMITERS = ",;\t"
-
-
-class Broken(NamedTuple):
-    """A line that could not be parsed, in the place of its row: whoever reads all rows tells of all such."""
-
-    line: int
-    why: str
 
 
 def suffix_of(path: Path) -> str:
@@ -32,17 +27,22 @@ def suffix_of(path: Path) -> str:
 def read_file(path: Path) -> list[Any]:
     """The rows of one file as they stand in it, unchecked; `path` has a suffix of `READERS`.
 
-    A line of a file of lines that is not JSON is a `Broken` there.
+    A row that cannot be parsed is a `Broken` there. A file that is gzipped and not called so, or the reverse, is read
+    as what it is, with a warning: the name may be that of a file that was not meant.
 
     Raises:
         DataError: the file cannot be opened, unpacked or parsed.
     """
     try:
         data = path.read_bytes()
-        if data.startswith(_GZIP):  # by its bytes: browsers and tools unpack or pack without changing the name
+        is_packed, is_called_so = data.startswith(_GZIP), path.suffix.lower() == ".gz"
+        if is_packed:  # by its bytes: browsers and tools unpack or pack without changing the name
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{str(path)!r} cannot be read: {error or type(error).__name__}") from error
+    if is_packed != is_called_so:
+        is_so = "is gzipped and not called .gz" if is_packed else "is called .gz and not gzipped"
+        warnings.warn(f"{str(path)!r} {is_so}; it is read as it is", LoraWarning, stacklevel=5)
     return READERS[suffix_of(path)](path, data)
 
 
@@ -86,7 +86,7 @@ def _read_jsonl(path: Path, data: bytes) -> list[Any]:
         try:
             rows += [_decode(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            rows.append(Broken(number, f"is not JSON: {_why(error)}"))
+            rows.append(Broken(f"line {number}", f"is not JSON: {_why(error)}"))
     return rows
 
 
@@ -117,37 +117,51 @@ def _read_csv(path: Path, data: bytes) -> list[Any]:
 
 def _read_tsv(path: Path, data: bytes) -> list[Any]:
     text = _text(path, data, nul=False)
+    rows = _table(path, text, "\t")
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    try:
-        return _table(path, text, "\t")
-    except DataError:
+    if any(isinstance(row, Broken) for row in rows) and len({line.count("\t") for line in lines}) == 1:
         # Many published .tsv files do not quote: a quotation mark is part of a text there.
-        if not lines or len({line.count("\t") for line in lines}) > 1:
-            raise
         return _table(path, "\n".join(lines), "\t", csv.QUOTE_NONE)
+    return rows
 
 
 def _table(path: Path, text: str, delimiter: str, quoting: Any = csv.QUOTE_MINIMAL) -> list[Any]:
     csv.field_size_limit(sys.maxsize)  # the default stops at 128 KiB, short of a long document
-    reader = csv.DictReader(
+    reader = csv.reader(
         io.StringIO(text, newline=""), strict=quoting != csv.QUOTE_NONE, delimiter=delimiter, quoting=quoting
     )
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise DataError(f"{str(path)!r}, near line {reader.line_num + 1}: {error}") from error
-    names = list(reader.fieldnames or [])
+    parsed = _parsed(reader)
+    names: Any = next(parsed, [])
+    if isinstance(names, Broken):
+        raise DataError(f"{str(path)!r}: its header, {names.at}, {names.why}")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{str(path)!r} has two columns named {twice!r}; rename one")
-    for number, row in enumerate(rows, 1):
-        # DictReader files surplus cells under None and fills missing ones with None.
-        if None in row or None in row.values():
-            mark = "tabs" if delimiter == "\t" else f"{delimiter!r}"
-            raise DataError(
-                f"row {number} of {str(path)!r} has not as many cells as the header "
-                f"({shown(names)}); quote cells that hold {mark}"
-            )
+    mark = "tabs" if delimiter == "\t" else f"{delimiter!r}"
+    uneven = f"has not as many cells as the header ({shown(names)}); quote cells that hold {mark}"
+    rows: list[Any] = []
+    for number, cells in enumerate(parsed, 1):
+        if isinstance(cells, Broken):
+            rows.append(cells)
+        elif len(cells) != len(names):
+            rows.append(Broken(f"row {number}", uneven))
+        else:
+            rows.append(dict(zip(names, cells, strict=True)))
     return rows
+
+
+def _parsed(reader: Any) -> Iterator[Any]:
+    """The cells of each row that is not empty; a `Broken` where it cannot be parsed, after which the next line is."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Broken(f"near line {line}", f"cannot be read as a row: {error}")
+            continue
+        if cells:
+            yield cells
 
 
 def _read_parquet(path: Path, data: bytes) -> list[Any]:
@@ -155,7 +169,7 @@ def _read_parquet(path: Path, data: bytes) -> list[Any]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        return list(pq.read_table(pa.BufferReader(data)).to_pylist())
+        return rows_of(pq.read_table(pa.BufferReader(data)))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} is not a readable parquet file: {error}") from error
 

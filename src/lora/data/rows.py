@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, LoraError, LoraWarning
-from .readers import READABLE, READERS, Broken, read_file, suffix_of
+from .readers import READABLE, READERS, read_file, suffix_of
 from .saved import is_saved, read_saved
-from .sound import Placed, Row, checked
+from .sound import Broken, Placed, Row, all_told, checked
 
 _CONFIG = re.compile(r"(?:([^:\[]+):)?(.*)", re.DOTALL)  # a split may hold a colon in brackets: train[:100]
-_TOLD = 5  # rows that an error names, each with what is wrong with it
 
 __all__ = ["Glance", "Row", "glance", "is_local", "read_rows"]
 
@@ -39,7 +38,7 @@ def glance(source: str | Path, argument: str = "data", task: str = "generate") -
         return Glance("known once it is loaded", None)
     rows = read_rows(source, argument)
     if task == "classify":
-        return Glance(labelled_format(rows[0]), len(list(labelled_texts(rows, argument))))
+        return Glance(labelled_format(rows[0]), len(labelled_texts(rows, argument)))
     return Glance(read_examples(rows, argument).format, len(rows))
 
 
@@ -62,27 +61,19 @@ def read_rows(source: str | Path, argument: str = "data") -> list[Row]:
         for file, found in _read(str(source)):
             for number, row in enumerate(found, 1):
                 if isinstance(row, Broken):
-                    faults.append(f"line {row.line} of {str(Path(source, file))!r} {row.why}")
+                    faults.append(f"{row.at} of {str(Path(source, file))!r} {row.why}")
                     continue
                 try:
                     rows.append(Placed(checked(row), number, file))
                 except DataError as error:
                     faults.append(f"row {number} of {str(Path(source, file))!r} {error}")
         if faults:
-            raise DataError(_told(faults))
+            raise DataError(all_told(faults))
         if not rows:
             raise DataError(f"{str(source)!r} holds no rows; give at least one")
     except LoraError as error:
         raise DataError(f"{argument}: {error}") from error
     return rows
-
-
-def _told(faults: list[str]) -> str:
-    """One fault as it is; of several the first few, a line each."""
-    if len(faults) == 1:
-        return faults[0]
-    more = f"\n  - and {len(faults) - _TOLD:,} more" if len(faults) > _TOLD else ""
-    return f"{len(faults):,} rows cannot be read; correct or remove them\n  - " + "\n  - ".join(faults[:_TOLD]) + more
 
 
 def is_local(source: str | Path) -> bool:

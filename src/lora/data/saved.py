@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .sound import shown
+from .arrow import rows_of
+from .sound import Broken, shown
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
@@ -40,7 +41,8 @@ def read_saved(folder: Path, split: str = "") -> list[Any]:
         raise DataError(f"{str(folder)!r} was saved as an index into other rows; save it again after flatten_indices()")
     files = [str(each.get("filename")) for each in state.get("_data_files") or []]
     features = _note(folder / _INFO).get("features") or {}
-    return [_decoded(row, features) for name in files for row in _arrow_rows(folder / Path(name).name)]
+    rows = (row for name in files for row in _arrow_rows(folder / Path(name).name))
+    return [_whole(number, row, features) for number, row in enumerate(rows, 1)]
 
 
 def _note(path: Path) -> dict[str, Any]:
@@ -58,9 +60,18 @@ def _arrow_rows(path: Path) -> list[Any]:
 
     try:
         with pa.memory_map(str(path)) as file:
-            return list(pa.ipc.open_stream(file).read_all().to_pylist())
+            return rows_of(pa.ipc.open_stream(file).read_all())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} is not a readable Arrow file: {error}") from error
+
+
+def _whole(number: int, row: Any, features: Any) -> Any:
+    if isinstance(row, Broken):
+        return Broken(f"row {number}", row.why)  # counted over all files
+    try:
+        return _decoded(row, features)
+    except DataError as error:
+        return Broken(f"row {number}", str(error))
 
 
 def _decoded(value: Any, feature: Any) -> Any:
@@ -72,7 +83,7 @@ def _decoded(value: Any, feature: Any) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"a Json value is not JSON: {shown(value)}") from error
+            raise DataError(f"holds a Json value that is not JSON: {shown(value)}") from error
     if isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) and feature else None
         inner = feature.get("feature") if isinstance(feature, dict) else inner

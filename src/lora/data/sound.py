@@ -2,16 +2,35 @@
 
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 
 Row = dict[str, Any]
 # Deeper than any row that means something, and shallow enough for each library on the way (templates, JSON, repr).
 DEEPEST = 64
+_TOLD = 5  # rows that an error names, each with what is wrong with it
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother, _short.maxlong = 3, 6, 6, 60, 60, 40
+
+
+class Broken(NamedTuple):
+    """What could not be parsed, in the place of its row: whoever reads all rows tells of all such.
+
+    at: where it stands in its file, such as `line 3` or `row 2`.
+    """
+
+    at: str
+    why: str
+
+
+def all_told(faults: Sequence[str], what: str = "cannot be read") -> str:
+    """One fault as it is; of several the first few, a line each, under what they have in common."""
+    if len(faults) == 1:
+        return faults[0]
+    more = f"\n  - and {len(faults) - _TOLD:,} more" if len(faults) > _TOLD else ""
+    return f"{len(faults):,} rows {what}; correct or remove them\n  - " + "\n  - ".join(faults[:_TOLD]) + more
 
 
 class Placed(Row):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.formats import Example, RowFormat, detect
 from ..data.rows import Row
-from ..data.sound import place
+from ..data.sound import all_told, place
 from ..errors import DataError, LoraError
 from .scores import first_label, split_joined
 from .tasks import LABELS, METRICS, TEXT, Task, read_task, spread
@@ -97,18 +97,19 @@ def data_set(
 def make_set(
     name: str, rows: Sequence[Row], metrics: tuple[str, ...], max_new_tokens: int, joined: bool = False
 ) -> EvalSet:
-    """Reads rows of one format, the first row's. Raises `DataError` that names the row."""
+    """Reads rows of one format, the first row's. Raises `DataError` that names the rows that have another."""
     known = _format(rows[0], name)
     read: list[Row] = []
     prompts: dict[str, int] = {}
     examples: list[Example] = []
-    prompt_of, references = [], []
+    prompt_of, references, faults = [], [], list[str]()
     for number, row in enumerate(rows, 1):
         try:
             whole, right = _with_answer(row, known)
             prompt = known.read(whole, False) if known.turns is not None else None
         except LoraError as error:
-            raise DataError(f"{name}: row {place(row, number)}: {error}") from error
+            faults.append(f"row {place(row, number)}: {error}")
+            continue
         read.append(whole)
         if prompt is None:
             continue
@@ -118,6 +119,8 @@ def make_set(
             examples.append(prompt)
         prompt_of.append(prompts[key])
         references.append(right)
+    if faults:
+        raise DataError(f"{name}: {all_told(faults, 'cannot be measured')}")
     return EvalSet(name, read, examples, prompt_of, references, metrics, max_new_tokens, joined=joined)
 
 

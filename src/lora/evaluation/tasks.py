@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.rows import Row, read_rows
+from ..data.sound import all_told
 from ..errors import DataError, LoraError, near
 
 TEXT = ("perplexity", "bleu", "rouge_l", "exact")
@@ -94,9 +95,12 @@ def read_task(task: Task, folder: Path) -> list[Row]:
             "FinLoRA's test files (its data/test)"
         )
     rows = read_rows(path, f"task {task.name}")
-    for number, row in enumerate(rows, 1):
-        if "context" not in row or "target" not in row:
-            raise DataError(f"task {task.name}: row {number} of {str(path)!r} lacks context or target")
+    faults = [
+        f"row {number} of {str(path)!r} lacks context or target"
+        for number, row in enumerate(rows, 1) if "context" not in row or "target" not in row
+    ]  # fmt: skip
+    if faults:
+        raise DataError(f"task {task.name}: {all_told(faults, 'cannot be measured')}")
     # Some files have numbers as targets.
     return [{**row, "target": str(row["target"])} for row in rows]
 

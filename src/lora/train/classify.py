@@ -93,7 +93,7 @@ def encode_labelled(
     Raises:
         DataError: a row without a text or a label, or with a label that is not in `names`; the message names the rows.
     """
-    pairs = list(labelled_texts(rows, argument))
+    pairs = labelled_texts(rows, argument)
     unknown = [
         place(row, i) for i, (row, (_, label)) in enumerate(zip(rows, pairs, strict=True), 1) if label not in names
     ]

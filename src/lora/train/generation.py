@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.collate import padded
 from ..data.formats import Example, detect, typed_prompt
 from ..data.rows import Row
+from ..data.sound import all_told
 from ..data.template import PromptTemplate, stop_ids
 from ..errors import LoraError
 from .base import max_positions
@@ -22,14 +23,17 @@ def row_prompts(rows: Sequence[Row], argument: str = "input") -> list[Example]:
     """The prompts of rows in any training format, with or without their answers (which are not used).
 
     Raises:
-        LoraError: a row that fits no format, by number.
+        LoraError: rows that fit no format, by number.
     """
-    prompts = []
+    prompts: list[Example] = []
+    faults: list[str] = []
     for number, row in enumerate(rows, 1):
         try:
             prompts.append(detect(row, answers=False).read(row, False))
         except LoraError as error:
-            raise LoraError(f"{argument}: row {number}: {error}") from error
+            faults.append(f"row {number}: {error}")
+    if faults:
+        raise LoraError(f"{argument}: {all_told(faults, 'have no prompt')}")
     return prompts
 
 
