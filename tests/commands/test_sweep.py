@@ -154,6 +154,40 @@ def test_a_signal_in_a_trial_is_told_and_the_command_goes_on_later(
     assert CliRunner().invoke(app, words.split()).exit_code == 0 and len(seen) == 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["ask", "tell", "_study"])
+def test_a_signal_between_two_trials_ends_the_sweep_as_one_within_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: int
+) -> None:
+    """It waits until the journal is written, so that the trial whose run is done counts."""
+    import optuna
+
+    import lora.train.job as job
+    import lora.train.sweep as of_sweep
+
+    seen: list[Recipe] = []
+    monkeypatch.setattr(job, "run", lambda one, force: SimpleNamespace(metrics=made_up(seen)(one)))
+    owner = of_sweep if moment == "_study" else optuna.Study
+    inner = getattr(owner, moment)
+
+    def pressed(*args: Any, **kwargs: Any) -> Any:
+        if len(seen) == (0 if moment == "_study" else 1) and not again:
+            os.kill(os.getpid(), number)
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(owner, moment, pressed)
+    words = f"sweep --model m --data d --eval-data e --out {tmp_path / 's'} --over r=4,8,16"
+    again = False
+    ended = CliRunner().invoke(app, words.split())
+    assert ended.exit_code == 128 + number
+    assert "error: stopped by" in ended.output and "the same command goes on" in ended.output
+    assert len(seen) == (0 if moment == "_study" else 1)
+    again = True
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == 0, done.output
+    assert len(seen) == 3 and sorted(one.r for one in seen) == [4, 8, 16]
+
+
 def test_the_command_trains_for_real(tmp_path: Path) -> None:
     base = save_tiny_base(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"

@@ -42,6 +42,7 @@ def sweep(
     with quiet():
         from ..train.job import run
     from ..train import sweep as of_sweep
+    from ..train.signals import Signals
     from ..train.sweep_picture import draw
 
     console, done = stderr(), 0
@@ -53,8 +54,10 @@ def sweep(
 
     out = Path(plan.out)
     try:
-        with clean_warnings():
-            found = of_sweep.sweep(plan, over, trials=trials, run=lambda one: run(one, force=True).metrics, told=told)
+        with clean_warnings(), Signals().listening() as signals:  # a run listens for itself; these are between two
+            found = of_sweep.sweep(
+                plan, over, trials=trials, run=lambda one: run(one, force=True).metrics, told=told, signals=signals
+            )
     except Stopped as stopped:
         _tell_stopped(stopped, out, done)
         raise typer.Exit(stopped.exit_code) from stopped

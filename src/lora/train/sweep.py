@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import LoraError, NonFiniteError, OutOfMemoryError
 from ..files.commit import replaced
 from .recipe import Recipe
+from .signals import Signals
 
 JOURNAL, SETTINGS_FILE, BEST, TRIALS, CHECKPOINTS = "journal.log", "sweep.json", "best.yaml", "trials", "checkpoints"
 KINDS: dict[str, type] = {"lr": float, "r": int, "alpha": float, "targets": str, "dropout": float}
@@ -84,7 +85,7 @@ class Trial:
 
 def sweep(
     recipe: Recipe, over: Sequence[str], *, trials: int | None = None, run: Runs,
-    told: Callable[[Trial, int], None] = lambda trial, of: None,
+    told: Callable[[Trial, int], None] = lambda trial, of: None, signals: Signals | None = None,
 ) -> list[Trial]:  # fmt: skip
     """All trials, those of earlier calls too, the best first; best.yaml and the picture are written beside them.
 
@@ -93,8 +94,10 @@ def sweep(
         trials: how many there shall be in the end; None is each combination where all are lists, or else 12.
         run: `train.job.run`, or what stands for it.
         told: called after each trial, with it and how many there will be.
+        signals: those that are listened to meanwhile. Between two trials one waits until the journal is written.
 
     Raises:
+        Stopped: by a signal between two trials; the next call goes on.
         LoraError: optuna is missing, nothing is held out, `out` holds another sweep or an adapter, or a trial's own.
     """
     if find_spec("optuna") is None:
@@ -105,15 +108,20 @@ def sweep(
     if not axes or len({axis.name for axis in axes}) < len(axes):
         raise LoraError(f"over: got {list(over)}; give each field once, at least one of {', '.join(KINDS)}")
     out = Path(recipe.out)
-    _settle(out, recipe, axes)
-    study = _study(out, recipe.seed)
-    grid = _grid(axes, recipe.seed)
+    signals, grid = signals or Signals(), _grid(axes, recipe.seed)
     wanted = trials or (len(grid) if grid else DEFAULT_TRIALS)
-    _queue(study, grid, out)
+    with signals.waiting():
+        _settle(out, recipe, axes)
+        study = _study(out, recipe.seed)
+        _queue(study, grid, out)
+    signals.check()
     while len(_ended(study)) < wanted and (not grid or _waiting(study)):
-        trial = study.ask()
-        values = {axis.name: axis.suggest(trial) for axis in axes}
-        told(_one(study, trial, values, with_values(recipe, values, out / TRIALS / f"{trial.number:03d}"), run), wanted)
+        with signals.waiting():
+            trial = study.ask()
+            values = {axis.name: axis.suggest(trial) for axis in axes}
+        signals.check()
+        one = with_values(recipe, values, out / TRIALS / f"{trial.number:03d}")
+        told(_one(study, trial, one, run, signals), wanted)
     found = sorted(_ended(study), key=lambda each: (each.loss is None, each.loss or 0.0, each.number))
     if found[0].loss is not None:
         best = with_values(recipe, found[0].values, out / "best")
@@ -132,27 +140,30 @@ def _list(text: str) -> str | list[str]:
     return text if text == "all-linear" else text.split("+")
 
 
-def _one(study: Any, trial: Any, values: dict[str, Any], recipe: Recipe, run: Runs) -> Trial:
+def _one(study: Any, trial: Any, recipe: Recipe, run: Runs, signals: Signals) -> Trial:
     from optuna.trial import TrialState
 
     try:
         metrics = run(recipe.model_copy(update={"check": False, "samples": 0}))
-        loss, why = metrics.get("eval_loss"), ""
+        loss, why, seconds = metrics.get("eval_loss"), "", metrics.get("seconds", 0.0)
         if loss is None:
             raise LoraError("the run measured no eval_loss; give eval_data or a larger eval_share")
         if not math.isfinite(loss):
             loss, why = None, "the held-out loss is not finite"
-        trial.set_user_attr("seconds", metrics.get("seconds", 0.0))
     except (NonFiniteError, OutOfMemoryError) as error:
-        loss, why = None, str(error)
-    if why:
-        trial.set_user_attr("why", why[:500])
-        study.tell(trial, state=TrialState.FAIL)
-    else:
-        study.tell(trial, loss)
-    # Of a trial that is done only the adapter is wanted.
-    shutil.rmtree(Path(recipe.out) / CHECKPOINTS, ignore_errors=True)
-    return next(each for each in _ended(study) if each.number == trial.number)
+        loss, why, seconds = None, str(error), 0.0
+    with signals.waiting():
+        trial.set_user_attr("seconds", seconds)
+        if why:
+            trial.set_user_attr("why", why[:500])
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, loss)
+        # Of a trial that is done only the adapter is wanted.
+        shutil.rmtree(Path(recipe.out) / CHECKPOINTS, ignore_errors=True)
+        ended = next(each for each in _ended(study) if each.number == trial.number)
+    signals.check()
+    return ended
 
 
 def _settle(out: Path, recipe: Recipe, axes: list[Axis]) -> None:
