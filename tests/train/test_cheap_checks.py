@@ -1,11 +1,15 @@
 """What is told before anything heavy is imported, and the dry run."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import transformers
+import yaml
 
 from lora.errors import DataError, LoraError
 from lora.train import Recipe, base_facts
@@ -13,6 +17,7 @@ from lora.train.base import load_config
 from lora.train.checks import cheap
 from lora.train.defaults import resolved
 from lora.train.dry_run import dry_run
+from lora.train.recipe import load_recipe
 from said import said
 from tiny_base import EXAMPLE
 
@@ -79,6 +84,14 @@ def test_a_disk_that_is_too_small_is_told(plan: Plan, monkeypatch: pytest.Monkey
         ({"max_length": 5000}, LoraError, "max_length is 5000, but the model takes 1024"),
         ({"warmup_steps": 3}, LoraError, "warmup_steps is 3, but the run has only 3 steps"),
         ({"targets": ["q_porj"]}, LoraError, "targets: 'q_porj' fits no module of a llama model; near names: q_proj"),
+        ({"targets": r".*q_porj"}, LoraError, "targets: the regular expression '.*q_porj' fits no adaptable"),
+        ({"targets": "all_linear"}, LoraError, "fits no adaptable .*; near names: all-linear"),
+        ({"targets": ["layers.9.self_attn.q_proj"]}, LoraError, r"'layers\.9\.self_attn\.q_proj' fits no module of a "),
+        ({"layers": [2, 8]}, LoraError, "layers: no target lies in layer 8 of a llama model of 8 layers"),
+        ({"exclude": r".*_proj"}, LoraError, "targets: 'all-linear' fits 56 modules .* leave none of them"),
+        ({"rank_pattern": {"q_porj": 4}}, LoraError, "rank_pattern: 'q_porj' fits none of the 56 targets; near names:"),
+        ({"samples": 3}, LoraError, "samples=3 needs eval_data or eval_share"),
+        ({"samples": 5, "eval_share": None}, LoraError, "samples=5 needs eval_data or eval_share"),
         ({"task": "classify", "max_length": 600}, LoraError, "max_length is 600, but the model takes 512"),
     ],
 )
@@ -86,6 +99,42 @@ def test_late_errors_come_first(plan: Plan, changes: dict[str, Any], kind: type[
     with pytest.raises(kind, match=told) as caught:
         cheap(plan(**changes))
     assert caught.value.exit_code == kind.exit_code
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"targets": None}, {"targets": r".*\.(q|v)_proj"}, {"targets": "lm_head"}, {"targets": r"model\..*tokens"},
+        {"targets": ["0.mlp.up_proj", "lm_head"]}, {"targets": ["my_own"]}, {"layers": 5, "exclude": ["mlp.up_proj"]},
+        {"rank_pattern": {r"layers\.0\..*": 4}, "train": ["lm_head"]},
+    ],
+)  # fmt: skip
+def test_targets_that_fit_are_not_in_the_way(plan: Plan, changes: dict[str, Any]) -> None:
+    """`my_own` may be anything: what else a model has is not known from its config."""
+    cheap(plan(**changes))
+
+
+@pytest.mark.parametrize("kind", sorted(base_facts._SEVEN))
+def test_the_names_that_are_known_are_those_of_the_model(kind: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, **sizes, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    known = base_facts.facts_of(config.to_dict())
+    assert sorted(known.linear_names()) == sorted(name for name in linears if name != "lm_head")
+    assert dict(model.named_modules()).keys() >= {"lm_head", "model.embed_tokens"}
+
+
+def test_a_recipe_that_was_written_has_no_samples_of_nothing(plan: Plan) -> None:
+    """So one that asks for them, by whatever number, is told from one that a run has left open."""
+    assert resolved(plan(), None).recipe.samples == 0 and resolved(plan(eval_share=0.1), None).recipe.samples == 3
+    cheap(load_recipe(None, yaml.safe_load(resolved(plan(), None).recipe.to_yaml())))
+    text, error = dry_run(plan(samples=3))
+    assert str(error).startswith("samples=3 needs")
+    text, error = dry_run(plan())
+    assert error is None and re.search(r"samples +0 +no rows are held out", text)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"wrong": 1}', "[1", "\n\n"])

@@ -76,6 +76,32 @@ def test_one_row_that_does_not_fit_ends_the_run_with_what_to_do(base: Path, tmp_
     assert e.value.exit_code == 4
 
 
+@pytest.mark.parametrize(("when", "kept"), [(1, "Nothing was saved"), (4, "after step 2 is in")])
+def test_no_memory_for_the_optimizer_ends_the_run_with_what_to_do(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int, kept: str
+) -> None:
+    """Its step may be half done, so that nothing is saved after it: the checkpoint before stays."""
+    step, count = torch.optim.AdamW.step, iter(range(1, 99))
+
+    def instead(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(count) == when:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", instead)
+    plan = recipe_of(base, tmp_path, save_every=2)
+    told = f"(?s)step {when}: memory ran out .* in the optimizer .*adamw_8bit or paged_adamw.*smaller r.*{kept}"
+    with pytest.raises(OutOfMemoryError, match=told) as caught:
+        run(plan)
+    assert caught.value.exit_code == 4
+    assert not (Path(plan.out) / "adapter_config.json").exists()
+    if when > 1:
+        with said("resume: from"):  # on a device that has room again
+            resumed = run(plan, resume="auto").out
+        monkeypatch.undo()
+        assert same(resumed, run(recipe_of(base, tmp_path, out=str(tmp_path / "unbroken"))).out)
+
+
 def test_other_errors_are_left_alone() -> None:
     assert out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora import LoraError
+from lora.errors import CheckError
 from lora.train import Recipe, run
 from said import said
 from tiny_base import save_tiny_base
@@ -80,6 +81,22 @@ def test_a_finished_run_says_so(unbroken: Recipe) -> None:
     assert result.metrics["steps"] == 6
     after = {path: path.stat().st_mtime_ns for path in Path(unbroken.out).rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before[path]} <= {Path(unbroken.out) / "checkpoints" / "lock"}
+
+
+def test_a_finished_run_that_failed_its_check_fails_each_time(unbroken: Recipe, tmp_path: Path) -> None:
+    """A script that runs the line until it succeeds would take the adapter for a good one."""
+    out = tmp_path / "copy"
+    shutil.copytree(unbroken.out, out)
+    record = json.loads((out / "run.json").read_text())
+    lines = [{"name": "stops", "verdict": "failed", "text": "0 of 8"}, {"name": "loss", "verdict": "ok", "text": "1"}]
+    (out / "run.json").write_text(json.dumps({**record, "outcome": {"lines": lines, "seconds": 1.0}}))
+    told = r"resume: the run in .* is finished; --force starts anew\. the adapter in .*\n  - stops: failed: 0 of 8$"
+    with pytest.raises(CheckError, match=told) as caught:
+        run(change(unbroken, out=str(out)), resume="auto")
+    assert caught.value.exit_code == 6
+    for kept in (lines[1:], [{"verdict": "failed"}], [3], "text", None):  # passed, or not as a run writes it
+        (out / "run.json").write_text(json.dumps({**record, "outcome": {"lines": kept}}))
+        assert "is finished" in run(change(unbroken, out=str(out)), resume="auto").lines[0]
 
 
 def test_a_run_that_was_killed_after_its_last_step_is_finished(unbroken: Recipe, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Whole runs on a tiny base: what is written, what stays, and what stops them."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -90,6 +92,23 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
     assert record["metrics"] == result.metrics
     assert (record["format"], record["rows"], record["stopped"]) == ("prompt/completion", 12, None)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"max_length": 4}, "data: every row is longer than"), ({"targets": ["norm"]}, "targets: 'norm' fits "), ({}, "")],
+)
+def test_errors_come_before_what_was_chosen(recipe: Callable[..., Recipe], changes: dict[str, Any], told: str) -> None:
+    """Reasons for defaults are of no use to whoever has to put a row right first."""
+    screen = Console(file=io.StringIO(), width=200)
+    plan = recipe(**{"max_steps": 1, "check": False, **changes})
+    if told:
+        with pytest.raises(LoraError, match=told):
+            run(plan, console=screen)
+    else:
+        run(plan, console=screen)
+    shown = screen.file.getvalue()
+    assert ("default " in shown) == ("data: 12 rows" in shown) == (not told)
 
 
 def test_metrics_count_what_was_trained(recipe: Callable[..., Recipe], base: Path) -> None:

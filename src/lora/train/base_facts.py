@@ -54,6 +54,13 @@ class BaseFacts:
     stored: str | None = None  # how it is quantized, in its config's words
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    def linear_names(self) -> list[str]:
+        """Full names of the linears of all layers, where they are known; none of any other architecture."""
+        return [
+            f"model.layers.{layer}.{'self_attn' if name[0] in 'qkvo' else 'mlp'}.{name}"
+            for layer in range(self.layers or 0) for name in self.linears
+        ]  # fmt: skip
+
     def adapter_parameters(self, r: int, targets: Any, layers: Any = None) -> int | None:
         """Elements of A and B of one rank, or None where the linears are not known."""
         names: Iterable[str] = self.linears if targets == "all-linear" else targets or ()

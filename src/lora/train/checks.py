@@ -44,12 +44,12 @@ def cheap(recipe: Recipe, force: bool = False) -> tuple[BaseFacts | None, Glance
 def check_held_out(recipe: Recipe) -> None:
     """Raises `LoraError` where a setting asks for what is done with held-out rows, and there are none.
 
-    samples: a recipe that a run has written names its default as well, and 0 asks for nothing.
+    samples: 0 asks for nothing, which a run without held-out rows writes into its recipe.
     """
     if recipe.eval_data is not None or recipe.eval_share is not None:
         return
     idle = [name for name in ("eval_every", "early_stop") if getattr(recipe, name) is not None]
-    if recipe.samples not in (0, Recipe.model_fields["samples"].default):
+    if recipe.samples and "samples" in recipe.model_fields_set:
         idle.append("samples")
     if idle:
         said = " and ".join(f"{name}={getattr(recipe, name)}" for name in idle)

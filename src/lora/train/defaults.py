@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoraError
+from . import known_targets
 from .base_facts import BaseFacts
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def resolved(recipe: "Recipe", facts: BaseFacts | None, rows: int | None = None)
     share = recipe.warmup_steps
     if share is not None and share < 1 and steps is not None:
         update["warmup_steps"] = math.floor(share * steps)
+    if recipe.eval_data is None and recipe.eval_share is None:
+        update["samples"] = 0  # of what is not there; a recipe that was written is then told from one that asks
     return Resolved(recipe.model_copy(update=update), tuple(choices))
 
 
@@ -184,12 +187,13 @@ def _most_tokens(recipe: "Recipe", facts: BaseFacts) -> int | None:
 
 
 def _check_targets(recipe: "Recipe", facts: BaseFacts) -> None:
-    """Refuses a slip of the finger where all linears are known; the rest is told once the base is there."""
+    """Refuses what fits nothing where all linears are known; the rest is told once the base is there."""
     for name in recipe.targets if facts.whole and isinstance(recipe.targets, list) else ():
         last = name.rpartition(".")[2]
         close = [] if last in facts.linears else get_close_matches(last, facts.linears, cutoff=_A_SLIP)
         if close:
             raise LoraError(f"targets: {name!r} fits no module of a {facts.kind} model; near names: {', '.join(close)}")
+    known_targets.check(recipe.adapter(), facts)
 
 
 def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pass: int | None) -> Iterator[Choice]:

@@ -55,6 +55,8 @@ def _told(plan: Resolved, recipe: Recipe, facts: BaseFacts | None, found: Glance
         value = getattr(plan.recipe, name)
         if name == "template" and value == "inst":
             reasons[name] = _INST
+        if name == "samples" and value == 0 and name not in recipe.model_fields_set:
+            reasons[name] = "no rows are held out"
         why = reasons.get(name, "given" if name in recipe.model_fields_set else "default")
         if value is not None or name in recipe.model_fields_set:
             lines.append([name, _shown(value), why])

@@ -27,8 +27,9 @@ from .guard import Guard
 from .leaks import check_packing
 from .length import Length
 from .looks import Looks
-from .memory_retry import ADVICE, MicroBatches, out_of_memory
+from .memory_retry import ADVICE, SMALLER, MicroBatches, out_of_memory
 from .needs import check_needs
+from .outcome import Outcome
 from .quiet import quiet
 from .recipe import RECIPE_FILE, Recipe
 from .rows import RunRows, run_rows
@@ -90,6 +91,7 @@ class _Job:
         self.recipe, self.where, self.signals, self.force = recipe, where, signals, force
         self.looks = Looks(recipe, where, console or Console(quiet=True))
         self.say: Say = _warn if console is None else self.looks.watch.say
+        self.found: list[str] = []  # what is told once nothing that stops the run is left: errors come first
 
     def run(self, wanted: str, without: Sequence[str]) -> Result:
         facts = read_facts(self.recipe.model)
@@ -100,7 +102,7 @@ class _Job:
         found = resume.find(self.where, wanted, without, self.say)
         resume.check_replaces(found, self.where, self.force)
         transformers.set_seed(recipe.seed)
-        rows = run_rows(recipe, load_tokenizer(recipe.model), self.looks.watch.say)
+        rows = run_rows(recipe, load_tokenizer(recipe.model), self.found.append)
         self.recipe = self._fitted(rows, found)
         self.recipe = recipe = self._decided(facts, len(rows.items))
         length = Length.of(recipe, len(rows.items))
@@ -109,10 +111,9 @@ class _Job:
         if found is not None:
             resume.compare(found, recipe, data, held_out, dtype)
         model = adapted(recipe, rows.names, rows.tokenizer)
-        for doubt in doubts(
-            recipe, rows.encoded.trained, sum(p.numel() for p in model.parameters() if p.requires_grad)
-        ):
-            self.say(doubt)
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        _each(self.found, self.looks.watch.say)
+        _each(doubts(recipe, rows.encoded.trained, trains), self.say)
         identity = found.identity if found is not None else Identity(
             secrets.token_hex(8), time.time(), self.force, data, held_out, dtype, finish.trained_digest(model)
         )  # fmt: skip
@@ -126,10 +127,9 @@ class _Job:
         return self._finish(trainer, saver, rows)
 
     def _decided(self, facts: BaseFacts | None, rows: int | None = None) -> Recipe:
-        """The recipe with the defaults that can be told by now, each said with its reason."""
+        """The recipe with the defaults that can be told by now, each to be said with its reason."""
         decided = resolved(self.recipe, facts, rows)
-        for choice in decided.choices:
-            self.looks.watch.say(f"default {choice}")
+        self.found += [f"default {choice}" for choice in decided.choices]
         return decided.recipe
 
     def _fitted(self, rows: RunRows, found: resume.Found | None) -> Recipe:
@@ -141,7 +141,7 @@ class _Job:
             return self.recipe.model_copy(update=batch)
         longest = max(len(row["input_ids"]) for row in rows.encoded.rows)
         fitted = largest_batch(self.recipe, longest=None if self.recipe.packing else longest)
-        self.looks.watch.say(str(fitted))
+        self.found.append(str(fitted))
         return fitted.recipe(self.recipe)
 
     def _trainer(
@@ -190,8 +190,7 @@ class _Job:
         except (RuntimeError, MemoryError) as error:  # of the optimizer or of an evaluation: not to be halved
             if not out_of_memory(error):
                 raise
-            why = str(error).partition("\n")[0]
-            raise OutOfMemoryError(f"memory ran out between two steps ({why}). {ADVICE}. {_newest(saver)}") from error
+            raise _no_room(error, trainer.state.global_step + 1, saver) from error
         finally:
             self.looks.close()
             model.config.use_cache = use_cache  # Trainer turns the cache off for good
@@ -244,11 +243,16 @@ def _chosen(recipe: Recipe, model: Any, where: place.Place, looks: Looks) -> tup
 
 
 def _finished(where: place.Place, wanted: str) -> Result | None:
-    """The result of the run that `--resume auto` means, where it is finished."""
+    """The result of the run that `--resume auto` means, where it is finished.
+
+    Raises:
+        CheckError: it did not pass its check, which a script that waits for success must hear each time.
+    """
     record = where.finished() if wanted == "auto" else None
     if record is None or "run" not in record or where.newest_run() not in (None, record["run"]):
         return None
     text = f"resume: the run in {str(where.out)!r} is finished; --force starts anew"
+    Outcome.recorded(record.get("outcome")).judge(where.out, f"{text}. ")
     return Result(where.out, record["metrics"], [text])
 
 
@@ -260,6 +264,20 @@ def _newest(saver: Checkpoints) -> str:
     kept = saver.place.recipe  # not the step's own, which goes when newer ones come
     command = resume_command(kept if kept.is_file() else saver.newest / RECIPE_FILE)
     return f"All of it as it was after step {step} is in {str(saver.newest)!r}; to go on: {command}"
+
+
+def _no_room(error: BaseException, step: int, saver: Checkpoints) -> OutOfMemoryError:
+    """Memory ran out where no smaller batch helps; the optimizer's step may be half done, so nothing is saved now."""
+    why = str(error).partition("\n")[0]
+    return OutOfMemoryError(
+        f"step {step}: memory ran out between two steps, in the optimizer or an evaluation ({why}). {SMALLER}. "
+        f"{ADVICE}. {_newest(saver)}"
+    )
+
+
+def _each(texts: list[str], say: Say) -> None:
+    for text in texts:
+        say(text)
 
 
 def _warn(text: str) -> None:

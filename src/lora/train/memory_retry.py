@@ -17,6 +17,11 @@ ADVICE = (
     "max_length makes smaller ones, quantize shrinks the base"
 )
 
+SMALLER = (
+    "The optimizer keeps two states for each parameter that trains: optimizer adamw_8bit or paged_adamw takes less of "
+    "a GPU's memory for them, and a smaller r, or fewer targets, makes fewer; with these a run starts anew"
+)
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: on a GPU, in one of its libraries, or on the host."""

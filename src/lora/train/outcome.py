@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,11 +67,20 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         return {"lines": [asdict(line) for line in self.lines], "seconds": round(self.seconds, 3)}
 
-    def judge(self, adapter: Path) -> None:
-        """Raises `CheckError` where a line failed."""
+    @classmethod
+    def recorded(cls, found: Any) -> "Outcome":
+        """From what `to_json` gave, as far as it is that: no lines of anything else."""
+        lines = found.get("lines") if isinstance(found, dict) else None
+        lines = lines if isinstance(lines, list) else []
+        names = {each.name for each in fields(Line)}
+        kept = [each for each in lines if isinstance(each, dict) and each.keys() == names]
+        return cls(tuple(Line(**each) for each in kept), 0.0)
+
+    def judge(self, adapter: Path, before: str = "") -> None:
+        """Raises `CheckError` where a line failed; `before` begins its text."""
         if self.failed:
             why = "\n".join(f"  - {line}" for line in self.failed)
-            raise CheckError(f"the adapter in {str(adapter)!r} is complete, and did not pass its check:\n{why}")
+            raise CheckError(f"{before}the adapter in {str(adapter)!r} is complete, and did not pass its check:\n{why}")
 
 
 @dataclass(frozen=True)
