@@ -5,7 +5,8 @@
 Each side's rate is chosen by the loss of held-out training rows, with the first seed; then all seeds run at it. All
 sides have the same rows in the same order, the same steps, warm-up and decay. Answers are greedy; BLEU is sacrebleu's,
 lower-cased, against all references of a meaning; ROUGE-L is the mean F1 with the nearest one. One row a run goes to
-the CSV, also of the runs that choose a rate. `--draw` makes the picture of a CSV that is there.
+the CSV, also of the runs that choose a rate. `--time` times a step of each side, alone, instead. `--draw` makes the
+picture of a CSV that is there.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from lora.train.base import load_base, load_tokenizer
 from lora.train.generation import generate, row_prompts
 from lora.train.losses import held_out_loss, token_weighted
 
-RATES = {"full": [2e-4, 5e-4, 1e-3], "lora": [1e-3, 2e-3, 4e-3]}
+RATES = {"full": [2e-4, 5e-4, 1e-3, 2e-3], "lora": [1e-3, 2e-3, 4e-3, 8e-3]}
 SIDES = {"full": 0, "lora r=4": 4, "lora r=8": 8, "lora r=16": 16}  # ranks; 0: all weights train
 
 
@@ -50,14 +51,22 @@ def trained(args: argparse.Namespace, name: str, rank: int, rate: float, seed: i
         optimizer, lambda n: min((n + 1) / 20, (len(order) - n) / max(1, len(order) - 20))
     )
     collate = PaddingCollator(0)
+    times = []
     for batch in order:
+        start = time.perf_counter()
         inputs = {key: value.to(args.device) for key, value in collate([rows[i] for i in batch]).items()}
         labels = inputs.pop("labels")
-        token_weighted(model(**inputs), labels).backward()
+        loss = token_weighted(model(**inputs), labels)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        if args.time:
+            loss.item()  # waits for the step
+            times.append(time.perf_counter() - start)
+    if args.time:
+        print(f"{Path(name).name}, rank {rank}: {statistics.median(times[20:]) * 1e3:.1f} ms a step", flush=True)
     return model.eval()
 
 
@@ -72,7 +81,7 @@ def measured(args: argparse.Namespace, name: str, side: str, rate: float, seed: 
     start = time.perf_counter()
     model = trained(args, name, SIDES[side], rate, seed, data["train"])
     row = {
-        "base": Path(name).name, "side": side, "lr": rate, "seed": seed,
+        "base": Path(name).name, "side": side, "passes": args.passes, "lr": rate, "seed": seed,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(time.perf_counter() - start, 1),
         "held_out_loss": round(held_out(args, model, data["held"]), 4),
@@ -82,7 +91,8 @@ def measured(args: argparse.Namespace, name: str, side: str, rate: float, seed: 
 
 
 def answered(args: argparse.Namespace, model: Any, tokenizer: Any, test: list[dict[str, Any]]) -> dict[str, float]:
-    answers = generate(model, tokenizer, row_prompts(test), max_new_tokens=64, batch_size=60)
+    size = 60 if args.device == "cpu" else 320
+    answers = generate(model, tokenizer, row_prompts(test), max_new_tokens=64, batch_size=size)
     references = [[text.lower() for text in row["references"]] for row in test]
     lower = [answer.lower() for answer in answers]
     return {"bleu": round(bleu(lower, references), 2), "rouge_l": round(rouge_l(lower, references), 2)}
@@ -98,7 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="at most so many")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=int, default=3, help="so many of each side's rates are tried")
+    parser.add_argument("--rates", type=int, default=4, help="so many of each side's rates are tried")
+    parser.add_argument("--time", action="store_true", help="time 60 steps of each side, and stop")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "e2e.csv")
@@ -113,6 +124,11 @@ def main() -> None:
         rows = encode_rows(read_rows(args.train), PromptTemplate(tokenizer), 512).rows
         data = {"train": rows[args.held_out :], "held": rows[: args.held_out]}
         test = read_rows(args.test)
+        if args.time:
+            args.steps = 60
+            for side in args.sides:
+                trained(args, name, SIDES[side], 1e-4, 0, data["train"])
+            continue
         for side in args.sides:
             tried = {}
             for rate in RATES[side.split()[0]][: args.rates]:

@@ -7,8 +7,8 @@
 A case is: the base's quantization, rows, tokens of a row, and words: offload, qv (r=8 on q and v; else r=16 on all
 linears), packed (rows of 512 tokens, laid into packs of so many). The base has random weights and is saved quantized;
 the job reads it from disk with its rows, trains, and writes what every run writes. Its rate is that of its
-metrics.jsonl, from the fourth step to the last but one; the bare step takes ids of the same shape (one row of 512
-tokens where the job packs), before the job and after it.
+metrics.jsonl, from the fourth step to the last but one, its checkpoints apart; the bare step takes ids of the same
+shape (one row of 512 tokens where the job packs), before the job and after it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CASES = [
     "nf4 1 512 qv",
     "nf4 1 8192 qv packed",
 ]
-STEPS, SKIPPED = 14, 3
+STEPS, SKIPPED = 20, 3
 
 
 def save_base(folder: Path, kind: str, shape: str) -> None:
@@ -80,7 +80,7 @@ def recipe_of(a: argparse.Namespace, folder: Path) -> Any:
         model=str(folder / "base"), data=str(folder / "rows.jsonl"), out=str(folder / "out"), quantize=kind,
         r=8 if "qv" in words else 16, targets=targets, batch_size=rows, max_length=tokens, packing="packed" in words,
         max_steps=STEPS, liger=a.shape != "tiny", gradient_checkpointing=a.shape != "tiny", offload="offload" in words,
-        check=False, warmup_steps=0,
+        check=False, warmup_steps=0, save_every=STEPS // 2,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         "case": a.one, "card": name, "tokens_per_step": steps[0]["tokens"],
         "bare_before": round(before, 1), "bare_after": round(after, 1), "job": round(job, 1),
         "job_median_step": round(step, 1), "ratio": round(job / statistics.mean([before, after]), 4),
-        "job_seconds_whole": round(whole, 1),
+        "job_seconds_whole": round(whole, 1), "job_seconds_paused": result.metrics["paused_seconds"],
     }  # fmt: skip
 
 

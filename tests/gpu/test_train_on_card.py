@@ -1,13 +1,15 @@
 """`lora train` on a card: a resume to the bit, memory that really runs out, packs, and bitsandbytes' optimizers."""
 
-import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lora.errors import OutOfMemoryError
 from lora.train import run
 from said import said
 from tiny_base import save_tiny_base
@@ -59,25 +61,49 @@ def test_a_resume_on_a_card_is_the_unbroken_run_to_the_bit(base: Path, tmp_path:
     assert same(whole, found)
 
 
-def test_memory_that_runs_out_halves_the_micro_batch_and_the_run_goes_on(base: Path, tmp_path: Path) -> None:
-    """The cap leaves room for two of the eight long rows at a time: the logits alone are 128 x 8192 x 4 bytes a row."""
-    rows = tmp_path / "long.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"{n} " * 200}) + "\n" for n in range(64)))
-    fields = {"data": str(rows), "batch_size": 8, "max_length": 128, "max_steps": 3, "dtype": "fp32"}
+RUNS_OUT = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+from lora.train import run
+from tiny_run import recipe_of, same
+
+base, folder = map(Path, sys.argv[1:])
+rows = folder / "long.jsonl"
+rows.write_text("".join(json.dumps({"text": f"{n} " * 200}) + "\\n" for n in range(64)))
+fields = {"data": str(rows), "batch_size": 16, "max_length": 128, "max_steps": 3, "dtype": "fp32"}
+torch.backends.cuda.enable_flash_sdp(False)
+torch.backends.cuda.enable_mem_efficient_sdp(False)
+torch.backends.cuda.enable_cudnn_sdp(False)
+torch.ones(1, device="cuda")
+total = torch.cuda.get_device_properties(0).total_memory
+
+def capped(mib):
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 60 * 2**20) / total)
-    try:
-        with pytest.warns(UserWarning, match="out of memory; from here on"):
-            out = run(recipe_of(base, tmp_path, **fields)).out
-        micro = json.loads((out / "run.json").read_text())["micro_batch"]
-        assert 1 <= micro < 8
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 6 * 2**20) / total)
-        with pytest.raises(OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
-            run(recipe_of(base, tmp_path, **{**fields, "out": str(tmp_path / "none")}))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    small = {**fields, "batch_size": micro, "grad_accum": 8 // micro, "out": str(tmp_path / "small")}
-    whole = run(recipe_of(base, tmp_path, **small)).out
-    assert same(out, whole)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
+
+capped(96)
+out = run(recipe_of(base, folder, **fields)).out
+micro = json.loads((out / "run.json").read_text())["micro_batch"]
+capped(2)
+try:
+    run(recipe_of(base, folder, **{**fields, "out": str(folder / "none")}))
+except OutOfMemoryError as error:
+    print("REFUSED", error)
+torch.cuda.set_per_process_memory_fraction(1.0)
+small = {**fields, "batch_size": micro, "grad_accum": 16 // micro, "out": str(folder / "small")}
+print("MICRO", micro, "SAME", same(out, run(recipe_of(base, folder, **small)).out))
+"""
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_the_run_goes_on(base: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose memory is capped: the logits of 16 rows are 64 MiB, and there are several."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", RUNS_OUT, str(base), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory; from here on" in done.stderr
+    assert "REFUSED" in done.stdout
+    micro, equal = re.search(r"MICRO (\d+) SAME (\w+)", done.stdout).groups()
+    assert int(micro) < 16
+    assert equal == "True"

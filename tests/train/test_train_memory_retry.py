@@ -129,3 +129,23 @@ def test_a_pack_that_does_not_fit_is_taken_in_parts() -> None:
     assert micro.fit([[ROW] * 4, [ROW] * 3], 5, attempt) == "done"
     assert seen == [[[4, 3]], [[4], [3]], [[2], [2], [2], [1]], [[1]] * 7]
     assert said_of[-1] == "step 5: out of memory; from here on each pack in 4 parts, with as many rows a step as before"
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        ("lora.train.job.adapted", "memory ran out before the first step"),
+        ("lora.train.job.LoraTrainer", "memory ran out before the first step"),
+        ("lora.train.finish.conclude", "memory ran out after the last step: the adapter is whole in"),
+    ],
+)
+def test_memory_that_runs_out_outside_of_the_steps_is_told_as_such(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, text: str
+) -> None:
+    def raises(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(broken, raises)
+    with pytest.raises(OutOfMemoryError, match=text):
+        run(recipe_of(base, tmp_path, max_steps=1))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == ("after" in text)

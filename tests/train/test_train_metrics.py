@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 from rich.console import Console
 
 from lora import LoraError
+from lora.train import run
+from lora.train.checkpoints import Checkpoints
 from lora.train.metrics import METRICS_FILE, Journal, Metrics, read
 from lora.train.steps import Step
 from lora.train.watch import StepNumbers, Watch
+from tiny_base import save_tiny_base
+from tiny_run import recipe_of
 
 FIELDS = ["step", "loss", "lr", "grad_norm", "tokens", "trained", "tokens_per_second", "memory", "seconds"]
 
@@ -80,3 +85,17 @@ def test_a_place_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
 
 def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert read(tmp_path / METRICS_FILE) == []
+
+
+def test_time_of_a_checkpoint_is_not_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def slowly(self: Checkpoints) -> Path | None:
+        time.sleep(0.5)
+        return save(self)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
+    base = save_tiny_base(tmp_path / "base")
+    result = run(recipe_of(base, tmp_path, max_steps=3, save_every=1))
+    assert result.metrics["paused_seconds"] >= 1.5
+    assert result.metrics["seconds"] < 1.5

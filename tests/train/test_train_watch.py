@@ -79,6 +79,7 @@ def test_time_of_an_evaluation_is_not_the_trainings(monkeypatch: pytest.MonkeyPa
     now[0] += 2
     loop.step(1.0, 10, 3)
     assert (loop.watch.seconds, loop.watch.tokens_per_second) == (2.0, 5.0)
+    assert loop.watch.paused_seconds == 50.0
     loop.watch.on_train_end(None, loop.state, None)
     now[0] += 50
     with loop.watch.paused():
@@ -107,6 +108,7 @@ def test_counting_goes_on_where_a_checkpoint_left_it() -> None:
     assert (other.watch.recent_loss, other.watch.mean_of) == (2.0, "the tokens of steps 1 to 3")
     assert other.watch.eval_loss == 2.5
     assert other.watch.seconds > loop.watch.seconds
+    assert other.watch.paused_seconds == loop.watch.paused_seconds
 
 
 def test_on_a_terminal_there_is_one_display_and_no_lines() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,17 @@ class Checkpoints(RunCallback):
     """Comes last of a run's callbacks: saves every `length.save_every` steps, at the end, and where the best is.
 
     interrupted: whether a signal has ended the training. best: the step whose evaluation is the best so far,
-    0 for none. newest: the newest checkpoint of this run.
+    0 for none. paused: the context of what is no training time. newest: the newest checkpoint of this run.
     """
 
     trainer: LoraTrainer
 
     def __init__(
         self, place: Place, recipe: Recipe, identity: Identity, kept: Sequence[RunCallback],
-        interrupted: Callable[[], bool], best: Callable[[], int],
+        interrupted: Callable[[], bool], best: Callable[[], int], paused: Callable[[str], AbstractContextManager[None]],
     ) -> None:  # fmt: skip
         self.place, self.recipe, self.identity, self.kept = place, recipe, identity, kept
-        self.interrupted, self.best = interrupted, best
+        self.interrupted, self.best, self.paused = interrupted, best, paused
         self.newest: Path | None = None
         self._over = self._told = False
 
@@ -74,7 +75,8 @@ class Checkpoints(RunCallback):
         step = state.global_step
         self._over = step >= state.max_steps or (control.should_training_stop and not self.interrupted())
         if control.should_training_stop or step % self.trainer.length.save_every == 0 or step == self.best():
-            self.save()
+            with self.paused("saving a checkpoint"):
+                self.save()
 
     def save(self) -> Path | None:
         """Write the state after the last step; None where there was no step, or it could not be written (said once).

@@ -27,7 +27,7 @@ from .guard import Guard
 from .leaks import check_packing
 from .length import Length
 from .looks import Looks
-from .memory_retry import ADVICE, SMALLER, MicroBatches, out_of_memory
+from .memory_retry import ADVICE, SMALLER, MicroBatches, out_of_memory, told_apart
 from .needs import check_needs
 from .outcome import Outcome
 from .quiet import quiet
@@ -103,14 +103,15 @@ class _Job:
         resume.check_replaces(found, self.where, self.force)
         transformers.set_seed(recipe.seed)
         rows = run_rows(recipe, load_tokenizer(recipe.model), self.found.append)
-        self.recipe = self._fitted(rows, found)
+        self.recipe = _fitted(self.recipe, rows, found, self.found)
         self.recipe = recipe = self._decided(facts, len(rows.items))
         length = Length.of(recipe, len(rows.items))
         dtype, data = str(pick_dtype(recipe.dtype)).removeprefix("torch."), digest(rows.items)
         held_out = digest(rows.measured) if rows.measured else None
         if found is not None:
             resume.compare(found, recipe, data, held_out, dtype)
-        model = adapted(recipe, rows.names, rows.tokenizer)
+        with told_apart("before the first step: the base does not fit, with its adapter, where it trains"):
+            model = adapted(recipe, rows.names, rows.tokenizer)
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         _each(self.found, self.looks.watch.say)
         _each(doubts(recipe, rows.encoded.trained, trains), self.say)
@@ -132,18 +133,6 @@ class _Job:
         self.found += [f"default {choice}" for choice in decided.choices]
         return decided.recipe
 
-    def _fitted(self, rows: RunRows, found: resume.Found | None) -> Recipe:
-        """The recipe with the batch that fits into memory, where that is asked for; a resume has found it before."""
-        if not self.recipe.fit:
-            return self.recipe
-        if found is not None:
-            batch = {name: found.state["recipe"][name] for name in ("batch_size", "grad_accum")}
-            return self.recipe.model_copy(update=batch)
-        longest = max(len(row["input_ids"]) for row in rows.encoded.rows)
-        fitted = largest_batch(self.recipe, longest=None if self.recipe.packing else longest)
-        self.found.append(str(fitted))
-        return fitted.recipe(self.recipe)
-
     def _trainer(
         self, model: Any, rows: RunRows, length: Length, identity: Identity, found: resume.Found | None
     ) -> tuple[LoraTrainer, Checkpoints]:
@@ -151,11 +140,12 @@ class _Job:
         looks.open(recipe, rows, length, rows.tokenizer.pad_token_id or 0, found.step if found is not None else 0)
         stopping = StopAtStep(self.signals)
         saver = Checkpoints(
-            self.where, recipe, identity, looks.kept, lambda: self.signals.received > 0, lambda: looks.best_step
-        )
+            self.where, recipe, identity, looks.kept, lambda: self.signals.received > 0, lambda: looks.best_step,
+            looks.watch.paused,
+        )  # fmt: skip
         size = recipe.batch_size * recipe.grad_accum
         feed = Feed(rows.items, size, length.steps, recipe.seed, recipe.group_by_length)
-        with quiet():
+        with quiet(), told_apart("before the first step: the base does not fit where it trains"):
             trainer = LoraTrainer(
                 model, recipe, length, feed, collator(recipe, model, rows), folder=self.where.checkpoints,
                 micro=MicroBatches(recipe.batch_size, say=self.say), guard=Guard(recipe.max_bad_steps, self.say),
@@ -219,7 +209,8 @@ class _Job:
             "skipped_steps": trainer.guard.skipped, "micro_batch": trainer.micro.size, "dtype": identity.dtype,
             "metrics": metrics, **self.looks.steps(saved),
         }  # fmt: skip
-        outcome = finish.conclude(self.recipe, self.where, folder, record, trainer, rows)
+        with told_apart(f"after the last step: the adapter is whole in {str(folder)!r}, and was not checked"):
+            outcome = finish.conclude(self.recipe, self.where, folder, record, trainer, rows)
         if why is not None:
             raise LoraError(f"{why}. The adapter is in {str(folder)!r} instead")
         if outcome is not None:
@@ -230,6 +221,18 @@ class _Job:
         if worse := self.looks.worse_than_base(saved):
             self.say(worse)
         return Result(folder, metrics, lines)
+
+
+def _fitted(recipe: Recipe, rows: RunRows, found: resume.Found | None, notes: list[str]) -> Recipe:
+    """The recipe with the batch that fits into memory, where that is asked for; a resume has found it before."""
+    if not recipe.fit:
+        return recipe
+    if found is not None:
+        return recipe.model_copy(update={name: found.state["recipe"][name] for name in ("batch_size", "grad_accum")})
+    longest = max(len(row["input_ids"]) for row in rows.encoded.rows)
+    fitted = largest_batch(recipe, longest=None if recipe.packing else longest)
+    notes.append(str(fitted))
+    return fitted.recipe(recipe)
 
 
 def _chosen(recipe: Recipe, model: Any, where: place.Place, looks: Looks) -> tuple[int, list[str]]:

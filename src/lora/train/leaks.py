@@ -67,7 +67,7 @@ def _fault(model: Any) -> str | None:
             return f"row {number + 1} of a trial has no finite gradient, so that nobody can tell"
         if outside:
             return f"in a trial the logits of row {number + 1} depend on tokens of other rows"
-        alone = _logits(model, {"input_ids": torch.tensor([row["input_ids"]]), "use_cache": False})[0]
+        alone = _logits(model, {"input_ids": torch.tensor([row["input_ids"]]), "use_cache": False})[0].detach()
         apart = float((logits.detach() - alone).float().square().mean().sqrt() / alone.float().std())
         if not apart <= near:
             return (

@@ -84,7 +84,8 @@ class Looks:
         """The metrics of a run's result; `step` is the one whose adapter is saved."""
         watch = self.watch
         found: dict[str, float] = {
-            "loss": watch.recent_loss, "seconds": round(watch.seconds, 3), "tokens": watch.tokens,
+            "loss": watch.recent_loss, "seconds": round(watch.seconds, 3),
+            "paused_seconds": round(watch.paused_seconds, 3), "tokens": watch.tokens,
             "tokens_per_second": round(watch.tokens_per_second, 1), "steps": watch.steps,
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }  # fmt: skip

@@ -1,7 +1,8 @@
 """Out of memory in a step: its micro-batches halve, and it is done again from the same rows."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +29,22 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+@contextmanager
+def told_apart(when: str) -> Iterator[None]:
+    """Memory that runs out within it, where there is no step to take in smaller parts, is ours: `when` and why.
+
+    Raises:
+        OutOfMemoryError: it did.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0]
+        raise OutOfMemoryError(f"memory ran out {when} ({why}). {ADVICE}") from error
 
 
 @dataclass

@@ -22,7 +22,8 @@ class StepNumbers:
 
     `loss` is the mean over the step's `trained` tokens, `grad_norm` the gradient's norm before it is clipped, `tokens`
     what the step read without padding, `tokens_per_second` of this step alone, `memory` bytes (see `memory_used`) and
-    `seconds` the training time since the run began: earlier parts of a resumed run count, evaluations do not.
+    `seconds` the training time since the run began: earlier parts of a resumed run count; evaluations and checkpoints
+    do not.
     """
 
     step: int
@@ -50,7 +51,7 @@ class Watch(RunCallback):
         self.latest: StepNumbers | None = None
         self.eval_loss: float | None = None
         self.tokens = self.trained = self.steps = 0
-        self.seconds = 0.0
+        self.seconds = self.paused_seconds = 0.0
         self._window: deque[tuple[int, float, int]] = deque(maxlen=log_every)  # step, loss, trained tokens
         self._mark: float | None = None  # when the time that is not yet in `seconds` began; None: nothing trains
         self._display = Display(console)
@@ -76,14 +77,17 @@ class Watch(RunCallback):
 
     @contextmanager
     def paused(self, why: str = "") -> Iterator[None]:
-        """Within it, time is not the training's: an evaluation, a checkpoint."""
+        """Within it, time is not the training's: an evaluation, a checkpoint. It is counted in `paused_seconds`."""
         running = self._mark is not None
         self._clock()
+        start = time.perf_counter()
         self._display.note(why)
         try:
             yield
         finally:
-            self._mark = time.perf_counter() if running else None
+            now = time.perf_counter()
+            self.paused_seconds += now - start
+            self._mark = now if running else None
             self._display.note("")
 
     def say(self, text: str) -> None:
@@ -104,14 +108,16 @@ class Watch(RunCallback):
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps, "tokens": self.tokens, "trained": self.trained, "seconds": self.seconds,
-            "eval_loss": self.eval_loss, "window": [list(each) for each in self._window],
+            "paused_seconds": self.paused_seconds, "eval_loss": self.eval_loss,
+            "window": [list(each) for each in self._window],
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         if not state:
             return
         self.steps, self.tokens, self.trained = state["steps"], state["tokens"], state["trained"]
-        self.seconds, self.eval_loss = state["seconds"], state["eval_loss"]
+        self.seconds, self.paused_seconds = state["seconds"], state["paused_seconds"]
+        self.eval_loss = state["eval_loss"]
         self._window.extend((step, loss, trained) for step, loss, trained in state["window"])
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
