@@ -187,3 +187,12 @@ def test_rows_that_do_not_fit_are_told_of(three: Any) -> None:
         three(X)
     assert torch.equal(three(X).logits, before)
     assert [a.rows for a in (layer.self_attn.lora for layer in three.model.layers)] == [None] * 3
+
+
+@pytest.mark.slow  # torch compiles it
+def test_flex_attention() -> None:
+    model = adapted(llama(hidden_size=64))
+    wanted = model(X).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        assert torch.allclose(model(X).logits, wanted, atol=1e-4)
