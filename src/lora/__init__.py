@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import llama_adapter as llama_adapter
     from .activation import activate as activate
     from .activation import disabled as disabled
     from .activation import remove as remove
@@ -49,4 +50,10 @@ def load_on_use(
     return load, lambda: sorted(names["__all__"])
 
 
-__getattr__, __dir__ = load_on_use(__name__, _HOME, globals())
+_load, __dir__ = load_on_use(__name__, _HOME, globals())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "llama_adapter":  # a package of verbs, so that `import lora` is enough for it
+        return import_module(f"{__name__}.{name}")
+    return _load(name)

@@ -120,28 +120,35 @@ class AdapterConfig:
     bias: str
 
 
+TOP_LAYERS = 30
+"""Of a LLaMA-Adapter where nobody says how many: 30 of LLaMA-7B's 32, as published."""
+
+
 @dataclass(frozen=True)
 class PromptConfig(AdapterConfig):
     """The settings of a LLaMA-Adapter (arXiv:2303.16199).
 
     Args:
-        layers: how many of the attentions it goes to, from the top.
+        layers: how many of the attentions it goes to, from the top; None: 30, or all where there are fewer.
         prompt_length: learned prompts in each.
         gate: one for each "head", through tanh, as published; or one for each "layer", without, as PEFT has it.
+        train: names of modules to train whole and save with the adapter.
 
     Raises:
         LoraError: with every field that is wrong.
     """
 
-    layers: int
+    layers: int | None = None
     prompt_length: int = 10
     gate: str = "head"
     train: list[str] = field(default_factory=list)
-    bias: str = "none"
+    bias = "none"  # of all such adapters: no field
 
     def __post_init__(self) -> None:
-        counts = {"layers": self.layers, "prompt_length": self.prompt_length}
+        counts = {"layers": 1 if self.layers is None else self.layers, "prompt_length": self.prompt_length}
         wrong = [f"{name}: got {n!r}; a whole number of at least 1" for name, n in counts.items() if not _is_rank(n)]
+        if not _is_names(self.train):
+            wrong.append(f"train: got {self.train!r}; a list of module names, such as ['score']")
         if self.gate not in ("head", "layer"):
             wrong.append(f"gate: got {self.gate!r}; 'head' or 'layer'")
         if wrong:

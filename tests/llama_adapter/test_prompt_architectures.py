@@ -43,6 +43,14 @@ MODELS = {
     "gpt-neox": hf.GPTNeoXConfig(**SIZES, **{k: v for k, v in HEADS.items() if k != "num_key_value_heads"}),
     "starcoder2": hf.Starcoder2Config(**SIZES, **HEADS),
     "gpt2": hf.GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2),
+    "llama4, complex rotations": hf.Llama4TextConfig(
+        **SIZES, **HEADS, head_dim=8, intermediate_size_mlp=48, num_local_experts=2
+    ),
+    "deepseek3, latent keys": hf.DeepseekV3Config(
+        **SIZES, **{**HEADS, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6,
+    ),
     "opt": hf.OPTConfig(
         vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32,
         max_position_embeddings=64, pad_token_id=0, init_std=0.2,
@@ -64,6 +72,15 @@ def built(name: str) -> Any:
 
 def projected(attention: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """The keys and values (1, key_heads, K, dim) of prompts, by what the attention is made of."""
+    if hasattr(attention, "kv_b_proj"):  # one key of the position for all heads, and the others from a latent
+        latent, turned = attention.kv_a_proj_with_mqa(prompts).split(
+            [attention.kv_lora_rank, attention.qk_rope_head_dim], -1
+        )
+        both = attention.kv_b_proj(attention.kv_a_layernorm(latent)).view(1, prompts.shape[1], attention.num_heads, -1)
+        turned = torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)  # as the queries are laid
+        k, v = both.split([attention.qk_nope_head_dim, attention.v_head_dim], -1)
+        k = torch.cat([k, turned[:, :, None].expand(*k.shape[:3], -1)], -1)
+        return k.transpose(1, 2), v.transpose(1, 2)
     if hasattr(attention, "qkv_proj"):
         heads, own = attention.config.num_attention_heads, attention.num_key_value_heads
         _, k, v = attention.qkv_proj(prompts).split([n * attention.head_dim for n in (heads, own, own)], -1)
@@ -79,6 +96,8 @@ def projected(attention: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(attention, "k_norm") and attention.k_norm.weight.shape[0] != dim:  # of all heads at once
         k = attention.k_norm(k)
     k, v = (each.view(1, prompts.shape[1], -1, dim) for each in (k, v))
+    if hasattr(attention, "qk_norm"):
+        k = attention.qk_norm(k)
     if hasattr(attention, "k_norm") and attention.k_norm.weight.shape[0] == dim:
         k = attention.k_norm(k)
     return k.transpose(1, 2), v.transpose(1, 2)
@@ -141,7 +160,14 @@ def test_sdpa_is_eager(name: str) -> None:
     assert torch.allclose(model(X).logits, wanted, atol=2e-5)
 
 
+GEMMA3N = {
+    "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
+}  # fmt: skip
 REFUSED = {
+    "Gemma3nTextAttention, cannot carry prompts: .* may depend on shared_kv_states": lambda: hf.Gemma3nForCausalLM(
+        hf.Gemma3nTextConfig(**{**SIZES, "num_hidden_layers": 4}, **HEADS, **GEMMA3N)
+    ),
     "is an encoder and a decoder": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
     ),

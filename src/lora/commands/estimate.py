@@ -12,8 +12,8 @@ from ..train.recipe import Recipe, load_recipe
 from .flags import flag, parsed
 
 FIELDS = [
-    *SETTINGS, "batch_size", "grad_accum", "max_length", "task", "dtype", "quantize", "gradient_checkpointing",
-    "offload", "optimizer", "liger",
+    "method", *SETTINGS, "prompt_length", "batch_size", "grad_accum", "max_length", "task", "dtype", "quantize",
+    "gradient_checkpointing", "offload", "optimizer", "liger",
 ]  # fmt: skip
 RECIPES = (".yaml", ".yml")
 NEED_A_GPU = ("offload", "liger")

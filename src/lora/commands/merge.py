@@ -36,6 +36,7 @@ def merge(
     lora merge org/base my-adapter merged
     """
     _check_out(out, [Path(model), adapter], force)
+    _check_form(adapter)
 
     import lora
 
@@ -90,6 +91,17 @@ def _check_out(out: Path, sources: list[Path], force: bool) -> None:
         raise LoraError(
             f"out: {str(out)!r} is not empty and not from an earlier merge; give another folder, or --force to move "
             "what is there aside"
+        )
+
+
+def _check_form(adapter: Path) -> None:
+    """Raises `LoraError` for an adapter that is no change of weights, before its base is loaded."""
+    from ..files.adapter import reading
+
+    if reading(adapter, lambda file: str(file.config["peft_type"])) == "ADAPTION_PROMPT":
+        raise LoraError(
+            f"adapter: {str(adapter)!r} holds prompts that every query attends to (LLaMA-Adapter); they are no change "
+            "of a weight, so they cannot be merged. lora generate, chat and eval take it beside its base"
         )
 
 

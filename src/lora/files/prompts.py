@@ -12,8 +12,10 @@ from .header import PREFIX
 
 PROMPT, GATE = ".adaption_prompt", ".adaption_gate"
 # Our fields by their keys. PEFT has no word for a gate of each head, and its own gate is one for each layer.
-KEYS = {"layers": "adapter_layers", "prompt_length": "adapter_len", "gate": "lora_gate"}
-_THEIRS = {"gate": "layer"}
+KEYS = {
+    "layers": "adapter_layers", "prompt_length": "adapter_len", "gate": "lora_gate", "train": "modules_to_save",
+}  # fmt: skip
+_ABSENT: dict[str, Any] = {"gate": "layer", "train": []}  # what a file means that has no such key
 _MOST = {"adapter_layers": 10_000, "adapter_len": 1_000_000}
 
 
@@ -28,8 +30,8 @@ def to_peft(
         "task_type": task_type, "base_model_name_or_path": base_name, "revision": None, "inference_mode": True,
         "target_modules": "|".join(sorted(owners)),
     }  # fmt: skip
-    for ours, theirs in _THEIRS.items():  # a file of PEFT's own form stays one
-        if known[KEYS[ours]] == theirs:
+    for ours, absent in _ABSENT.items():  # a file of PEFT's own form stays one
+        if known[KEYS[ours]] == absent:
             del known[KEYS[ours]]
     here = {"base_model_name_or_path": base_name} if base_name else {}
     return dict(sorted({**known, **extra, **here}.items()))
@@ -54,8 +56,11 @@ def config_of(found: dict[str, Any], where: str) -> PromptConfig:
     text = found.get("base_model_name_or_path")
     if text is not None and not (isinstance(text, str) and len(text) <= 4096):
         raise LoraError(f"{where}: base_model_name_or_path is {clip(repr(text))}; null or a text")
+    train = found.get("modules_to_save", [])
+    if not isinstance(train, list) or len(train) > 500:
+        raise LoraError(f"{where}: modules_to_save is {clip(repr(train))}; a list of at most 500 names")
     try:
-        fields: dict[str, Any] = {ours: found.get(theirs, _THEIRS.get(ours)) for ours, theirs in KEYS.items()}
+        fields: dict[str, Any] = {ours: found.get(theirs, _ABSENT.get(ours)) for ours, theirs in KEYS.items()}
         return PromptConfig(**fields)
     except LoraError as error:
         raise LoraError(f"{where}: {clip_lines(error)}") from None
@@ -71,4 +76,5 @@ def words(found: dict[str, Any], where: str) -> str:
     """The settings for a reader."""
     config = config_of(found, where)
     gate = "a gate for each head" if config.gate == "head" else "one gate for each layer, as PEFT has it"
-    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}"
+    whole = f", trained whole: {clip(', '.join(config.train), 300)}" if config.train else ""
+    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}{whole}"

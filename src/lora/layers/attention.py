@@ -84,12 +84,20 @@ class PromptAdapters(Kind):
         if not isinstance(config, PromptConfig):
             return []
         found = list(attentions(root).items())
+        assert config.layers is not None
         if config.layers > len(found):
             raise LoraError(
                 f"layers: got {config.layers}; {type(root).__name__} has {len(found)} attentions that can carry "
                 "prompts, and the adapter goes to that many of them from the top"
             )
-        return [Part(host, cls, _fresh(name, host, config, loading)) for name, host in found[-config.layers :]]
+        chosen = found[-config.layers :]
+        for name, _ in chosen:
+            if whole := [entry for entry in config.train if f".{entry}." in f".{name}."]:
+                raise LoraError(
+                    f"train: {whole[0]!r} holds the attention {name!r}, whose prompts would never be attended to in a "
+                    "copy that trains whole; leave it out"
+                )
+        return [Part(host, cls, _fresh(host, config, loading)) for _, host in chosen]
 
     @classmethod
     def tensors(cls, part: Prompts) -> dict[str, Tensor]:
@@ -172,7 +180,7 @@ def _projections(host: nn.Module) -> list[nn.Module]:
     return [module for _, module in base_modules(host) if module is not host and weight_of(module) is not None]
 
 
-def _fresh(name: str, host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:
+def _fresh(host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:
     own = host.__dict__["config"]
     device = next(host.parameters()).device
     if loading and device.type == "meta":

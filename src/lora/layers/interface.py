@@ -151,17 +151,18 @@ def goes_through(cls: type[nn.Module]) -> bool:
     return code is not None and {"ALL_ATTENTION_FUNCTIONS", "config", "_attn_implementation"} <= {*code.co_names}
 
 
-# What an attention may be given that does not change its keys and values, or of which there is a neutral value.
-KNOWN = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values", "position_ids")
+# What an attention may be given: of the first four there is a neutral value, the others can be left out.
+KNOWN = {"position_embeddings", "position_ids", "attention_mask", "past_key_values"} | {
+    "output_attentions", "use_cache", "cache_position", "layer_past", "encoder_hidden_states",
+    "encoder_attention_mask", "key_value_states",
+}  # fmt: skip
 
 
 def why_not(cls: type[nn.Module]) -> str:
     """What keeps a class that goes through the interface from carrying prompts; "" for nothing."""
-    forward = forward_of(cls)
-    parameters = [*inspect.signature(forward).parameters.values()][1:]
-    needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
-    if more := [name for name in needed if name not in KNOWN]:
-        return f"it needs {', '.join(more)} to make its keys and values"
+    _, *parameters = [*inspect.signature(forward_of(cls)).parameters.values()][1:]
+    if more := [p.name for p in parameters if p.kind < p.VAR_POSITIONAL and p.name not in KNOWN]:
+        return f"what it makes of its keys and values may depend on {', '.join(more)}, which prompts do not have"
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         return "it takes no keywords to hand on to the attention function"
     return ""

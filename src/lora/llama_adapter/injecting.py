@@ -1,22 +1,24 @@
 """inject: put a new LLaMA-Adapter into a model, in place."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
 from ..atomic import alone, whole_or_not
-from ..config import PromptConfig, check_name
+from ..config import TOP_LAYERS, PromptConfig, check_name
 from ..injection import fresh_parts, install, new_adapter
 from ..layers import attentions
 from ..resident import unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-LAYERS = 30  # of LLaMA-7B's 32, as published
 
 
 def inject(
-    model: ModelT, layers: int | None = None, prompt_length: int = 10, name: str = "default", *, gate: str = "head"
-) -> ModelT:
+    model: ModelT, layers: int | None = None, prompt_length: int = 10, name: str = "default", *, gate: str = "head",
+    train: Sequence[str] = (),
+) -> ModelT:  # fmt: skip
     """Give the model a new LLaMA-Adapter (arXiv:2303.16199), freeze the base, make the adapter act alone.
 
     Args:
@@ -25,6 +27,7 @@ def inject(
         layers: how many attentions have prompts, from the top; None: 30, or all where there are fewer.
         prompt_length: K, the learned prompts of each.
         name: the adapter's name, `[A-Za-z0-9_-]{1,64}`.
+        train: names of modules to train whole and save with the adapter, such as a classifier's head.
         gate: "head", one for each head, through tanh; or "layer", one for all heads of a layer, without, as PEFT's.
 
     Returns:
@@ -38,8 +41,9 @@ def inject(
     root = unwrap(model, changing=True)
     with alone():
         check_name(name)
+        config, there = PromptConfig(layers, prompt_length, gate, list(train)), attentions(root)
         if layers is None:
-            layers = min(LAYERS, len(attentions(root)))
-        adapter = new_adapter(root, name, PromptConfig(layers, prompt_length, gate))
+            config = replace(config, layers=min(TOP_LAYERS, len(there)))
+        adapter = new_adapter(root, name, config)
         whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, {}, adapter.config, False), True))
     return model

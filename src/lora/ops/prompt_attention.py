@@ -8,7 +8,7 @@ that: no second pass over the keys of the sequence, and no log-sum-exp of theirs
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 
 def add_prompt_attention(
@@ -37,7 +37,7 @@ def add_prompt_attention(
     if mask is not None:
         mask = mask[:, None, None, :]
     if softcap is None:
-        added = scaled_dot_product_attention(query, keys, scaled, attn_mask=mask, scale=scaling)
+        added = functional.scaled_dot_product_attention(query, keys, scaled, attn_mask=mask, scale=scaling)
     else:
         scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         scores = softcap * torch.tanh(scores / softcap)

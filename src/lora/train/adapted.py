@@ -11,6 +11,7 @@ from .base import load_base, pick_dtype
 from .classify import LabelCollator, load_classifier, pad_id, with_head
 from .feed import Item
 from .leaks import collator_for
+from .methods import put
 from .needs import check_liger
 from .recipe import Recipe
 from .rows import RunRows
@@ -19,13 +20,13 @@ Collate = Callable[[list[Item]], dict[str, Any]]
 
 
 def adapted(recipe: Recipe, names: list[str] | None = None, tokenizer: Any = None) -> Any:
-    """Load, inject and prepare, as the recipe says; with `names`, a classifier of these labels.
+    """Load, adapt and prepare, as the recipe says; with `names`, a classifier of these labels.
 
     Raises:
         LoraError: the model cannot be loaded, or does not take what the recipe asks for.
     """
     model, config = fresh_base(recipe, names, tokenizer), recipe.adapter()
-    lora.inject(model, config=with_head(config, model) if names else config)
+    put(with_head(config, model) if names else config, model)
     if recipe.liger:
         check_liger(model)
     if recipe.offload and not getattr(model, "is_quantized", False):

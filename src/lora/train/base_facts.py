@@ -9,6 +9,7 @@ from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
+from ..config import TOP_LAYERS
 from ..errors import LoraError, near
 from .recipe_file import read_json
 
@@ -49,6 +50,8 @@ class BaseFacts:
     parameters: int | None = None
     positions: int | None = None
     layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
     texts: int | None = None
     whole: bool = True
     stored: str | None = None  # how it is quantized, in its config's words
@@ -68,6 +71,12 @@ class BaseFacts:
             return None
         count = self.layers if layers is None else len(layers) if isinstance(layers, list) else 1
         return count * sum(r * sum(self.linears[name]) for name in names)
+
+    def prompt_parameters(self, layers: int | None, length: int) -> int | None:
+        """Elements of the prompts and gates of a LLaMA-Adapter in so many layers, or None where that is not known."""
+        if self.layers is None or self.hidden is None or self.heads is None:
+            return None
+        return min(layers or TOP_LAYERS, self.layers) * (length * self.hidden + self.heads)
 
 
 def read_facts(model: str) -> BaseFacts | None:
@@ -127,7 +136,7 @@ def facts_of(config: Mapping[str, Any]) -> BaseFacts:
     return BaseFacts(
         kind=kind if isinstance(kind, str) else "unknown",
         parameters=_parameters(text, number, linears),
-        positions=number["positions"], layers=number["layers"],
+        positions=number["positions"], layers=number["layers"], hidden=number["hidden"], heads=number["heads"],
         stored=str(quantized.get("quant_method", "a format of its own")) if isinstance(quantized, dict) else None,
         whole=not isinstance(inner, dict),
         linears=linears if kind in _SEVEN and not number["experts"] else {},

@@ -89,17 +89,18 @@ def _header(run: Finished, base: str | None) -> str:
 
     classifies = run.recipe.get("task") == "classify"
     fields: dict[str, Any] = {"base_model": base} if base else {}
-    fields["library_name"] = "peft"  # whose files these are
+    fields["library_name"] = "lora" if run.prompts else "peft"  # whose files these are
     fields["pipeline_tag"] = "text-classification" if classifies else "text-generation"
-    fields["tags"] = ["lora", *([f"base_model:adapter:{base}"] if base else [])]
+    fields["tags"] = ["llama-adapter" if run.prompts else "lora", *([f"base_model:adapter:{base}"] if base else [])]
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---"
 
 
 def _about(run: Finished, base: str, on_hub: bool) -> str:
     where = "on the hub" if on_hub else "a local model, which you need as well"
     does = "gives a text one of its labels" if run.recipe.get("task") == "classify" else "answers as its rows do"
+    kind = "LLaMA-Adapter" if run.prompts else "LoRA adapter"
     lines = [
-        f"A LoRA adapter for {cell(base)} ({where}). It {does}, and was trained "
+        f"A {kind} for {cell(base)} ({where}). It {does}, and was trained "
         f"on {cell(data_name(str(run.recipe.get('data', ''))))}."
     ]
     if run.quantization != "none":
@@ -132,6 +133,9 @@ def _use(run: Finished, name: str, base: str) -> Iterator[str]:
         command = ["lora", "generate", base, "--adapter", name, *flag, "--prompt", "..."]
         yield block("sh", " ".join(map(shlex.quote, command)))
     yield block("python", "\n".join(["import lora", *load, f"lora.load(base, {json.dumps(name)})"]))
+    if run.prompts:
+        yield "PEFT has no gate for each head and vLLM no prompts of this kind, and they cannot be merged."
+        return
     if run.adapter.get("lora_update"):
         yield "PEFT and vLLM do not know its kind of update; `lora merge` makes a plain model for them."
         return
@@ -177,7 +181,7 @@ def _trained(run: Finished) -> Iterator[list[str]]:
     elif recipe.get("eval_share"):
         yield ["held out", f"{recipe['eval_share']:.1%} of the rows"]
     yield ["rows", f"{number(record.get('rows'))} ({cell(record.get('format', '-'))})"]
-    yield ["targets", cell(run.targets, 1000)]
+    yield run.adapter_rows[0]
     yield from run.course()
     versions = record.get("versions")
     if isinstance(versions, dict):

@@ -12,7 +12,8 @@ from ..data.rows import Glance, glance
 from ..errors import LoraError, LoraWarning
 from ..files.header import CONFIG_FILE
 from .base_facts import BaseFacts, read_facts
-from .defaults import adapter_parameters, held_out, resolved
+from .defaults import held_out, resolved
+from .methods import parameters
 from .recipe import Recipe
 
 _LEAST = 1 << 20  # bytes that anything written needs
@@ -87,8 +88,8 @@ def check_out(recipe: Recipe, force: bool, facts: BaseFacts | None = None) -> Pa
 
 
 def _check_space(recipe: Recipe, free: int, facts: BaseFacts | None) -> None:
-    parameters = adapter_parameters(recipe, facts)
-    needed = _LEAST if parameters is None else 4 * parameters
+    count = parameters(recipe.adapter(), facts)
+    needed = _LEAST if count is None else 4 * count
     where = f"on the disk of {recipe.out!r}, which has {free / 2**20:,.0f} MiB left"
     if free < needed:
         raise LoraError(f"out: the adapter takes {needed / 2**20:,.0f} MiB {where}; make room, or give another folder")

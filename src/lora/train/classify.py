@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig, matches
+from ..config import LoraConfig, PromptConfig, matches
 from ..data.collate import padded
 from ..data.encode import Encoded, EncodedData
 from ..data.labels import labelled_format, labelled_texts
@@ -153,7 +153,7 @@ def head_modules(model: Any) -> list[str]:
     return [*beside, *fresh]
 
 
-def with_head(config: LoraConfig, model: Any) -> LoraConfig:
+def with_head(config: LoraConfig | PromptConfig, model: Any) -> LoraConfig | PromptConfig:
     """The config with the head's modules trained whole, beside those that it names itself."""
     missing = [name for name in head_modules(model) if not matches(config.train, name)]
     return replace(config, train=[*config.train, *missing])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from ..config import LoraConfig
 from ..errors import LoraError
 from . import known_targets
 from .base_facts import BaseFacts
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 R, TARGETS = 16, "all-linear"
+PROMPTS = 10
 BATCH_SIZE = 8
 LR = 2e-4  # where neither the base's size nor the length of the run is known
 _ALPHA, _ALPHA_RSLORA = 32.0, 8.0
@@ -29,11 +31,14 @@ _TIMES, _TIMES_SHORT, _SHORT = 10, 15, 100
 _MANY_ROWS = 128  # a step
 _A_SLIP = 0.75  # how like two names are that one takes for the other
 
-FIXED = {
+_FIXED_OF_LORA = {
     "r": "enough for most data sets; more where the trained tokens outnumber the adapter's parameters",
     "targets": "every linear but the output head: with the MLPs, LoRA keeps up with full fine-tuning",
-    "batch_size": "adapters suffer more from large batches than full fine-tuning, and no rank mends it",
 }
+_FIXED_OF_PROMPTS = {"prompt_length": "as published, in the top 30 layers or in all where there are fewer"}
+_FIXED = {"batch_size": "adapters suffer more from large batches than full fine-tuning, and no rank mends it"}
+# Of prompts whatever the base's size: they start at random, and their gates at zero.
+_PROMPT_RATE = 5e-3
 
 
 def alpha(rslora: bool) -> float:
@@ -107,15 +112,6 @@ def held_out(recipe: "Recipe", rows: int) -> int:
     return min(rows - 1, max(1, round(rows * recipe.eval_share)))
 
 
-def adapter_parameters(recipe: "Recipe", facts: BaseFacts | None) -> int | None:
-    """How many parameters the adapter has, where the base's config tells."""
-    config = recipe.adapter()
-    plain = config.update == "lora" and config.bias == "none"
-    if facts is None or not plain or config.rank_pattern or config.exclude or config.train:
-        return None
-    return facts.adapter_parameters(config.r, config.targets, config.layers)
-
-
 def doubts(recipe: "Recipe", trained_tokens: int, parameters: int) -> list[str]:
     """What speaks against a run that is about to start: a sentence for each.
 
@@ -125,9 +121,10 @@ def doubts(recipe: "Recipe", trained_tokens: int, parameters: int) -> list[str]:
     """
     told = []
     if trained_tokens > parameters:
+        more = "a larger r, or more targets, has more" if recipe.method == "lora" else "method lora has more"
         told.append(
             f"one pass has {trained_tokens:,} trained tokens, and the adapter {parameters:,} parameters: it may be too "
-            "small to hold what they say; a larger r, or more targets, has more"
+            f"small to hold what they say; {more}"
         )
     if (rows := recipe.batch_size * recipe.grad_accum) > _MANY_ROWS:
         told.append(
@@ -173,6 +170,7 @@ def _check(recipe: "Recipe", facts: BaseFacts | None, steps: int | None) -> None
         raise LoraError(f"max_length is {recipe.max_length}, but the model takes {most} tokens; give at most {most}")
     if facts is not None:
         _check_targets(recipe, facts)
+        _check_count(recipe, facts)
     if steps is not None and recipe.warmup_steps is not None and recipe.warmup_steps >= max(steps, 1):
         raise LoraError(
             f"warmup_steps is {recipe.warmup_steps:g}, but the run has only {steps} {_steps(steps)}; lower it, "
@@ -193,16 +191,26 @@ def _check_targets(recipe: "Recipe", facts: BaseFacts) -> None:
         close = [] if last in facts.linears else get_close_matches(last, facts.linears, cutoff=_A_SLIP)
         if close:
             raise LoraError(f"targets: {name!r} fits no module of a {facts.kind} model; near names: {', '.join(close)}")
-    known_targets.check(recipe.adapter(), facts)
+    if isinstance(config := recipe.adapter(), LoraConfig):
+        known_targets.check(config, facts)
+
+
+def _check_count(recipe: "Recipe", facts: BaseFacts) -> None:
+    """Refuses prompts in more layers than there are."""
+    wanted = recipe.layers[0] if isinstance(recipe.layers, list) else recipe.layers
+    if recipe.method != "lora" and facts.layers is not None and wanted is not None and wanted > facts.layers:
+        raise LoraError(f"layers is {wanted}, but the base has {facts.layers}; give at most so many, or leave it out")
 
 
 def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pass: int | None) -> Iterator[Choice]:
-    for field, reason in FIXED.items():
+    prompts = recipe.method != "lora"
+    for field, reason in {**(_FIXED_OF_PROMPTS if prompts else _FIXED_OF_LORA), **_FIXED}.items():
         yield Choice(field, getattr(recipe, field), reason)
     scale = "alpha / sqrt(r)" if recipe.rslora else "alpha / r"
-    yield Choice(
-        "alpha", alpha(recipe.rslora), f"one for all ranks, so that the best rate hardly moves with r ({scale})"
-    )
+    if not prompts:
+        yield Choice(
+            "alpha", alpha(recipe.rslora), f"one for all ranks, so that the best rate hardly moves with r ({scale})"
+        )
     if recipe.max_steps is None:
         yield Choice("epochs", 1.0, "one pass; more where the held-out loss still falls")
     if facts is not None and (takes := _most_tokens(recipe, facts)) is not None:
@@ -211,7 +219,10 @@ def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pas
         yield Choice("max_length", min(takes, LONGEST), why)
     if steps is None:
         return
-    yield Choice("lr", *rate(None if facts is None else facts.parameters, steps))
+    if prompts:
+        yield Choice("lr", _PROMPT_RATE, "prompts start at random and their gates at zero, so they need a high one")
+    else:
+        yield Choice("lr", *rate(None if facts is None else facts.parameters, steps))
     warmup = math.floor(_WARMUP * steps)
     why = f"{_WARMUP:.0%} of {steps} {_steps(steps)}" + (
         "" if warmup else ", rounded down: the first step of a warm-up is lost"

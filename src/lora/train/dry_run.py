@@ -8,7 +8,8 @@ from ..errors import LoraError
 from ..tables import table
 from .base_facts import BaseFacts, read_facts
 from .checks import check_held_out, check_out
-from .defaults import Resolved, adapter_parameters, amount, held_out, resolved, total_steps
+from .defaults import Resolved, amount, held_out, resolved, total_steps
+from .methods import foreign, parameters, words
 from .recipe import Recipe
 
 _INST = "[INST] prompt [/INST] answer"
@@ -51,7 +52,7 @@ def dry_run(recipe: Recipe, force: bool = False) -> tuple[str, LoraError | None]
 def _told(plan: Resolved, recipe: Recipe, facts: BaseFacts | None, found: Glance | None, rows: int | None) -> str:
     reasons = {choice.field: choice.reason for choice in plan.choices}
     lines = []
-    for name in Recipe.model_fields:
+    for name in (name for name in Recipe.model_fields if name not in foreign(recipe.method)):
         value = getattr(plan.recipe, name)
         if name == "template" and value == "inst":
             reasons[name] = _INST
@@ -79,10 +80,9 @@ def _facts(recipe: Recipe, facts: BaseFacts | None, found: Glance | None, rows: 
     else:
         held = held_out(recipe, found.rows)
         data = f"{found.format}, {found.rows:,} rows" + (f", about {held:,} of them held out" if held else "")
-    config, trained = recipe.adapter(), adapter_parameters(recipe, facts)
-    scale = f"{config.alpha:g} / {'sqrt(' if config.rslora else ''}{config.r}{')' if config.rslora else ''}"
-    adapter = f"{config.update}, scaling {scale} = {config.scaling(''):g}"
-    lines = [f"base: {base}", f"data: {data}", f"adapter: {adapter}"]
+    config = recipe.adapter()
+    trained = parameters(config, facts)
+    lines = [f"base: {base}", f"data: {data}", f"adapter: {words(config)}"]
     if trained is not None:
         lines[-1] += f", {trained:,} parameters"
     if recipe.max_steps is not None or rows is not None:

@@ -20,6 +20,7 @@ from ..targets import output_heads
 from .base import DTYPES, load_config, max_positions
 from .defaults import LONGEST
 from .ledger import Peak, rounded, tensors_of
+from .methods import put
 from .quiet import quiet
 from .recipe import Recipe
 from .rehearse import Step, rehearse
@@ -93,7 +94,7 @@ def estimate(
         warnings.simplefilter("ignore", LoraWarning)  # the run says them
         config, settings = _config(recipe.model)
         model = _model(recipe, config, settings, card)
-        lora.inject(model, config=recipe.adapter())
+        put(recipe.adapter(), model)
         lora.prepare(model, checkpointing=recipe.gradient_checkpointing)
         rows, length = batch_size or recipe.batch_size, tokens or _tokens(recipe, config)
         step = Step(
@@ -192,10 +193,11 @@ def _before(model: nn.Module, recipe: Recipe, card: bool) -> dict[str, int]:
     trained = [p for p in model.parameters() if p.requires_grad]
     adapters = {id(p) for p in trained}
     base = [t for t in tensors_of(model) if id(t) not in adapters]
-    weights, A_and_B = sum(t.nbytes for t in base), sum(p.nbytes for p in trained)
-    found = {"weights": weights, "A and B": A_and_B, "optimizer": _states(trained, recipe.optimizer)}
+    weights, adapters_size = sum(t.nbytes for t in base), sum(p.nbytes for p in trained)
+    held = "A and B" if recipe.method == "lora" else "prompts and gates"
+    found = {"weights": weights, held: adapters_size, "optimizer": _states(trained, recipe.optimizer)}
     if recipe.grad_accum > 1:
-        found["gradients"] = A_and_B
+        found["gradients"] = adapters_size
     if card:
         hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= HOPPER
         found["cuBLAS' workspaces"] = WORKSPACES * WORKSPACE[hopper]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import LoraError
 from ..files.header import CONFIG_FILE
+from ..files.prompts import words
 from .display import size
 from .markdown import cell, number
 from .recipe import RECIPE_FILE
@@ -62,6 +63,20 @@ class Finished:
         names = ", ".join(map(str, found)) if isinstance(found, list) else str(found or "")
         said = ", ".join(map(str, asked)) if isinstance(asked, list) else str(asked or names)
         return said if not names or said == names else f"{said} ({names})"
+
+    @property
+    def prompts(self) -> str:
+        """What of a LLaMA-Adapter was trained, in words; "" for another adapter."""
+        known = self.adapter if self.adapter.get("peft_type") == "ADAPTION_PROMPT" else {}
+        return words(known, CONFIG_FILE) if known else ""
+
+    @property
+    def adapter_rows(self) -> list[list[str]]:
+        """Rows of two cells: what was trained."""
+        if self.prompts:
+            return [["adapter", cell(self.prompts, 1000)], ["in", cell(self.adapter.get("target_modules"), 1000)]]
+        sizes = f"{number(self.recipe.get('r'))}, {cell(self.recipe.get('alpha'))}"
+        return [["targets", cell(self.targets, 1000)], ["r, alpha", sizes]]
 
     @property
     def quantization(self) -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from ..config import SETTINGS, LoraConfig
+from ..config import SETTINGS, LoraConfig, PromptConfig
 from ..errors import LoraError, LoraWarning, near
-from . import defaults
+from . import defaults, methods
 from .names import understood
 from .recipe_file import to_yaml
 from .sources import written
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
         targets: str | list[str] | None
         alpha: float | None
         rslora: bool
+        layers: int | list[int] | None
+        train: list[str]
 
 else:  # a field for each of `LoraConfig`
     _TYPES = get_type_hints(LoraConfig)
@@ -60,6 +62,12 @@ else:  # a field for each of `LoraConfig`
     _FIELDS["r"] = (int, Field(defaults.R, le=_RANKS, description=SETTINGS["r"].help))
     _FIELDS["targets"] = (
         _TYPES["targets"], Field(defaults.TARGETS, description=SETTINGS["targets"].help.partition(" [default")[0] + ".")
+    )  # fmt: skip
+    _FIELDS["layers"] = (
+        _TYPES["layers"], Field(
+            None, description="Indices of the layers to adapt, such as 0,1 [default: all]; with method llama-adapter "
+            "how many, from the top [default: 30, or all]."
+        )
     )  # fmt: skip
     _FIELDS["alpha"] = (
         float | None, Field(None, le=_ALPHAS, description="Scale: the update is multiplied by alpha / r [default: 32].")
@@ -73,6 +81,12 @@ class Recipe(_AdapterJob):
     Build it with `Recipe.of(...)` or `load_recipe(path)`: both report every mistake at once as a `LoraError`.
     """
 
+    method: Literal["lora", "llama-adapter"] = Field(
+        "lora", description="What trains: updates of linear layers, or prompts beside the attention (LLaMA-Adapter)."
+    )
+    prompt_length: int = Field(
+        defaults.PROMPTS, ge=1, le=_RANKS, description="Learned prompts of each layer, with method llama-adapter."
+    )
     epochs: float | None = Field(
         None, gt=0, le=1e6, description="Passes over the data [default: 1, unless max_steps is given]."
     )
@@ -176,10 +190,9 @@ class Recipe(_AdapterJob):
             raise ValueError("\n  - ".join(mistakes))
         return self
 
-    def adapter(self) -> LoraConfig:
-        """What `lora.inject` takes as `config`."""
-        config = {name: getattr(self, name) for name in SETTINGS}
-        return LoraConfig(**{**config, "alpha": defaults.alpha(self.rslora) if self.alpha is None else self.alpha})
+    def adapter(self) -> LoraConfig | PromptConfig:
+        """The settings of what trains; `methods.put` puts it into a base."""
+        return methods.config_of(self)
 
     @classmethod
     def of(cls, **fields: Any) -> "Recipe":
@@ -188,7 +201,7 @@ class Recipe(_AdapterJob):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load_recipe` reads back to an equal recipe; unset fields are left out."""
-        return to_yaml(self.model_dump(exclude_none=True))
+        return to_yaml(self.model_dump(exclude_none=True, exclude=methods.foreign(self.method)))
 
 
 _EITHER = [("max_steps", "epochs"), ("dora", "update"), ("eval_share", "eval_data")]  # two ways to say one thing

@@ -126,7 +126,9 @@ def _found(folder: Path, wrong: dict[str, str]) -> Found:
 
 def compare(found: Found, recipe: Recipe, data: str, eval_data: str | None, dtype: str) -> None:
     """Raises `LoraError` that names all in which this run would compute something else than the checkpoint's."""
-    was, now = found.state["recipe"], recipe.model_dump(mode="json")
+    now = recipe.model_dump(mode="json")
+    later = {name: Recipe.model_fields[name].default for name in ("method", "prompt_length")}  # than some checkpoints
+    was = {**later, **found.state["recipe"]}
     other = [f"{name} was {was.get(name)!r} and is {now[name]!r}" for name in now if name not in FREE
              and was.get(name) != now[name]]  # fmt: skip
     rows = [fields["batch_size"] * fields["grad_accum"] for fields in (was, now)]

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.host import original_class
 from ..ops.offload import SMALLEST
 
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -166,7 +167,7 @@ def use_liger(model: Any) -> None:
     """Give a model on the meta device the stand-ins of what Trainer's `use_liger_kernel` would patch."""
     home = importlib.import_module(type(model).__module__)
     for module in model.modules():
-        kind = type(module).__name__
+        kind = original_class(module).__name__  # of an adapted attention as well
         parts = {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys()
         if kind.endswith("RMSNorm") and isinstance(module._parameters.get("weight"), Tensor):
             module.forward = functools.partial(_norm, module)

@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .signals import Signals
 
 JOURNAL, SETTINGS_FILE, BEST, TRIALS, CHECKPOINTS = "journal.log", "sweep.json", "best.yaml", "trials", "checkpoints"
-KINDS: dict[str, type] = {"lr": float, "r": int, "alpha": float, "targets": str, "dropout": float}
+KINDS: dict[str, type] = {"lr": float, "r": int, "alpha": float, "targets": str, "dropout": float, "prompt_length": int}
 """The fields that can be swept, and what their values are."""
 DEFAULT_TRIALS = 12
 Runs = Callable[[Recipe], dict[str, float]]
