@@ -1,5 +1,6 @@
 """save: an adapter to disk in PEFT's format, whole or not at all."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from .errors import LoraError
 from .files import prompts
 from .files.fingerprint import fingerprint
 from .files.fit import few
-from .files.header import PREFIX
+from .files.header import LABELS, PREFIX
 from .files.settings import task_type, to_peft
 from .files.writing import write
 from .layers import Adapter, Kind, base_modules, hosts
@@ -103,7 +104,16 @@ def _save_one(root: nn.Module, folder: Path, adapter: Adapter, check: bool) -> N
             f"model: adapter {adapter.name!r} has values that are NaN or infinite: {few(wild)}; training has failed. "
             "If they are meant to be kept, lora.save(..., check=False)"
         )
-    write(folder, config, tensors, {BASE: fingerprint(weights)})
+    write(folder, config, tensors, {BASE: fingerprint(weights), **_labels(root)})
+
+
+def _labels(root: nn.Module) -> dict[str, str]:
+    """What a classifier calls its outputs, for the header: neither PEFT's settings nor the base have a place for it."""
+    config = getattr(root, "config", None)
+    names = getattr(config, "id2label", None) if type(root).__name__.endswith("ForSequenceClassification") else None
+    if not isinstance(names, dict) or all(str(name).startswith("LABEL_") for name in names.values()):
+        return {}  # the names that transformers gives those that have none
+    return {LABELS: json.dumps([str(names[number]) for number in sorted(names)])}
 
 
 def keys_of(kind: type[Kind], part: nn.Module, name: str) -> dict[str, Tensor]:

@@ -207,8 +207,7 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
     names = ["bad", "good"]
     model = load_classifier(str(encoder), names, tok, torch.float32)
     lora.inject(model, config=with_head(lora.LoraConfig(r=2, targets=["query"]), model))
-    lora.save(randomize(model, std=0.5), tmp_path / "adapter")
-    (tmp_path / "adapter" / "run.json").write_text(json.dumps({"labels": names}))
+    lora.save(nameless := randomize(model, std=0.5), tmp_path / "adapter")
     texts = [f"film number {n} of {n * n}" for n in range(8)]
     encoded = encode_labelled([{"text": text, "label": "bad"} for text in texts], tok, 64, names).rows
     labels = [names[i] for i in class_logits(model, encoded, 0).argmax(1).tolist()]
@@ -231,6 +230,14 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
     code, _, err = cli("eval", encoder, "--adapter", tmp_path / "adapter", "--task", "tfns", "--task-dir", tmp_path)
     assert (code, err.startswith("error: the model is a classifier")) == (2, True)
 
+    nameless.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}  # nobody gave it names
+    lora.save(nameless, tmp_path / "nameless")
+    ask[3] = tmp_path / "nameless"
+    code, _, err = cli(*ask)
+    assert code == 2 and "nameless' is a classifier's, and neither its run.json nor its file says its labels" in err
+    (tmp_path / "nameless" / "run.json").write_text(json.dumps({"labels": names}))
+    assert cli(*ask)[0] == 0
+
     for command in (["generate", "--prompt", "hello"], ["chat"]):
         for model, more in ((encoder, ["--adapter", tmp_path / "adapter"]), (tmp_path / "merged", [])):
             code, out, err = cli(command[0], model, *more, *command[1:])
@@ -239,7 +246,7 @@ def test_a_classifier_is_measured_by_its_labels(cli: Lora, tmp_path: Path) -> No
 
 
 def test_a_classifier_from_rows_to_its_scores(cli: Lora, tmp_path: Path) -> None:
-    """`lora train --task classify` with the defaults for a head, and `lora eval` by the labels in its run.json."""
+    """`lora train --task classify` with the defaults for a head, and `lora eval` by the labels that it keeps."""
     encoder = save_tiny_encoder(tmp_path / "encoder")
     words = {"good": ("fine", "warm", "bright"), "bad": ("dull", "cold", "grim")}
     texts = [(f"the film was {word}", label) for label, some in words.items() for word in some] * 4

@@ -1,6 +1,7 @@
 """A step's loss and gradient are those of its tokens, however they were split, padded or packed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from lora import LoraError
 from lora.data.collate import PackingCollator, PaddingCollator
 from lora.data.encode import IGNORED, Encoded
 from lora.data.packs import packed
-from lora.train.losses import held_out_loss, token_weighted, trained_tokens
+from lora.train.losses import held_out_loss, loss_of, token_weighted, trained_tokens
+from said import said
 
 Batch = dict[str, Any]
 
@@ -123,6 +125,46 @@ def test_the_loss_of_16_bit_logits_is_summed_in_fp32() -> None:
     loss = token_weighted((logits,), labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, token_weighted((logits.float(),), labels))
+
+
+def mixtral(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **changes,
+    )  # fmt: skip
+    return hf.MixtralForCausalLM(config)
+
+
+def test_the_routers_loss_is_part_of_a_step_where_the_config_asks_for_it() -> None:
+    """By transformers' own sum, which it makes where it is given the labels."""
+    assert loss_of(mixtral()) is token_weighted
+    model = mixtral(output_router_logits=True, router_aux_loss_coef=0.5)
+    loss, batch = loss_of(model), PaddingCollator(0)(ROWS)
+    labels = batch.pop("labels")
+    outputs = model(**batch)
+    torch.testing.assert_close(loss(outputs, labels), model(**batch, labels=labels).loss)
+    whole = loss(outputs, labels, TRAINED)
+    torch.testing.assert_close(whole, token_weighted(outputs, labels) + 0.5 * outputs.aux_loss)
+    found, expected = torch.zeros(()), token_weighted(outputs, labels)
+    for some in (ROWS[:3], ROWS[3:]):
+        batch = PaddingCollator(0)(some)
+        labels = batch.pop("labels")
+        outputs = model(**batch)
+        found = found + loss(outputs, labels, TRAINED)
+        expected = expected + 0.5 * outputs.aux_loss * trained_tokens(labels) / TRAINED
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_routers_loss_that_cannot_be_had_is_said() -> None:
+    model = mixtral(output_router_logits=True)
+    logits, labels = torch.randn(1, 4, 97), torch.ones(1, 4, dtype=torch.long)
+    with said("output_router_logits is on, but MixtralForCausalLM has no aux_loss: the routers' loss is left out"):
+        assert loss_of(model)({"logits": logits}, labels) == token_weighted({"logits": logits}, labels)
+    other = SimpleNamespace(config=SimpleNamespace(output_router_logits=True))
+    other.config.get_text_config = lambda: other.config
+    with said("output_router_logits is on, but SimpleNamespace has no router_aux_loss_coef"):
+        loss_of(other)({"logits": logits, "aux_loss": torch.ones(())}, labels)
 
 
 class Meaning(hf.LlamaForCausalLM):  # type: ignore[misc]

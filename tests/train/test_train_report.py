@@ -12,10 +12,14 @@ import yaml
 from markdown_it import MarkdownIt
 
 from lora import LoraError
-from lora.train.card import MARK, base_name, data_name
+from lora.train import load_recipe, run
+from lora.train.card import MARK
 from lora.train.card import write as write_card
+from lora.train.places import base_name, data_name, published
 from lora.train.report_page import page
 from lora.train.report_page import write as write_report
+from tiny_base import save_tiny_base
+from tiny_run import recipe_of
 
 HOSTILE = "a | b\n```python\n# Heading\n</td><script>x</script> [x](http://y) `c` \\| <!-- \ud800\u202e\x00 ![i](j)"
 LINES = [
@@ -129,6 +133,38 @@ def test_a_folder_without_what_a_run_may_leave_out_has_a_report_and_a_card(tmp_p
     for write in (write_report, write_card):
         with pytest.raises(LoraError, match=r"has no recipe\.yaml"):
             write(folder)
+
+
+def test_nothing_that_a_run_leaves_for_others_says_where_it_ran(tmp_path: Path) -> None:
+    """What people upload has names alone; the way back keeps the paths, and is left out of uploads."""
+    home = tmp_path / "jane doe"
+    home.mkdir()
+    base = save_tiny_base(home / "base")
+    plan = recipe_of(base, home, max_steps=2, check=True, eval_share=0.2, samples=1, targets="all-linear")
+    out = run(plan).out
+    files = [path for path in out.iterdir() if path.is_file()]
+    assert len(files) == 10 and [path.name for path in files if b"jane" in path.read_bytes()] == []
+    assert (out / ".gitignore").read_text() == "checkpoints/\n"
+    shown, kept = load_recipe(out / "recipe.yaml"), load_recipe(out / "checkpoints" / "recipe.yaml")
+    assert (shown.model, shown.data, shown.out) == ("./base", "./rows.jsonl", "./out")
+    assert kept.model_copy(update={name: getattr(shown, name) for name in ("model", "data", "out")}) == shown
+    assert kept.model == str(base) and run(kept, resume="auto").metrics["steps"] == 2
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "./base"
+    text = (out / "README.md").read_text()
+    assert "base_model" not in text.split("---")[1] and "A LoRA adapter for base (a local model" in text
+    assert "| base | ./base |" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("org/base", "org/base"), ("base", "base"), ("examples/rows.jsonl", "examples/rows.jsonl"), ("../x", "../x"),
+        ("/home/jane/rows.jsonl", "./rows.jsonl"), ("/home/jane/set:train", "./set:train"), ("/a/b/", "./b"),
+        ("~/models/base", "./base"), ("C:\\Users\\jane\\base", "./base"), ("\\\\host\\share\\rows", "./rows"),
+    ],
+)  # fmt: skip
+def test_what_is_published_of_a_place(place: str, shown: str) -> None:
+    assert published(place) == shown
 
 
 def test_the_card_of_a_base_on_the_hub(tmp_path: Path) -> None:

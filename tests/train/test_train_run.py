@@ -76,6 +76,7 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
     result = run(plan)
     assert result.metrics["loss"] < 0.6 * first
     assert sorted(path.name for path in result.out.iterdir()) == [
+        ".gitignore",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -86,7 +87,7 @@ def test_a_run_learns_and_writes_the_adapter_and_its_record_only(recipe: Callabl
         "report.md",
         "run.json",
     ]
-    written = load_recipe(result.out / "recipe.yaml")  # what was open is decided there
+    written = load_recipe(result.out / "checkpoints" / "recipe.yaml")  # what was open is decided there
     assert {name: getattr(written, name) for name in plan.model_fields_set} == plan.model_dump(exclude_unset=True)
     record = json.loads((result.out / "run.json").read_text())
     assert record["metrics"] == result.metrics

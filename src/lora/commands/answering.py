@@ -89,6 +89,16 @@ def _refuse_classifier(model: str, adapter: Path | None) -> None:
         )
 
 
+def known_labels(adapter: Path | None, labels: list[str]) -> list[str]:
+    """The labels. Raises `LoraError` for a classifier's adapter that has none: its outputs would mean nothing."""
+    if adapter is not None and not labels and _task_type(adapter) == "SEQ_CLS":
+        raise LoraError(
+            f"adapter: {str(adapter)!r} is a classifier's, and neither its run.json nor its file says its labels; "
+            "restore run.json, or give as model one that is stored as a classifier of these labels"
+        )
+    return labels
+
+
 def _task_type(adapter: Path) -> Any:
     """As PEFT's settings have it; None where they cannot be read, which loading tells."""
     try:

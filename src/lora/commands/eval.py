@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import LoraError
-from .answering import Adapter, BatchSize, Dtype, Model, Quantize, check_target, load_answering, progress, write_lines
+from .answering import (
+    Adapter,
+    BatchSize,
+    Dtype,
+    Model,
+    Quantize,
+    check_target,
+    known_labels,
+    load_answering,
+    progress,
+    write_lines,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.columns import Measured
@@ -66,7 +77,7 @@ def evaluate(
     names = columns.columns(adapter is not None, merged)
     if lm_eval is not None:
         harness.check_harness()
-    labels = classifiers.labels_of(model, run_record(adapter or model))
+    labels = known_labels(adapter, classifiers.labels_of(model, run_record(adapter or model)))
     sets = _sets(data, task, task_dir, metrics, limit, max_new_tokens, labels)
     if labels:
         import torch

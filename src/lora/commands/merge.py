@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import LoraError
+from ..train.places import published
 from ..train.record import MERGE_FILE, kept_record
 
 WORST = 5  # modules shown after a merge, those that kept least; a large model has hundreds
@@ -58,8 +59,8 @@ def merge(
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         record = {
-            "base": model, "adapter": str(adapter), "dtype": str(merged.dtype).removeprefix("torch."),
-            "lora": lora.__version__, "trained": trained,
+            "base": published(model), "adapter": published(str(adapter)),
+            "dtype": str(merged.dtype).removeprefix("torch."), "lora": lora.__version__, "trained": trained,
             "files": sorted([MERGE_FILE, *(file.name for file in folder.iterdir())]),
         }  # fmt: skip
         (folder / MERGE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -19,13 +19,13 @@ def labels_of(model: str, record: dict[str, Any]) -> list[str]:
     """The labels by number, where the adapter's run made a classifier or the model is stored as one; else none.
 
     Raises:
-        LoraError: a run's record whose labels are none.
+        LoraError: a record whose labels are none.
     """
     labels = record.get("labels")
     if labels is None:
         return stored_labels(model)
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise LoraError(f"adapter: the labels in its run.json are {labels!r:.80}; restore the file")
+        raise LoraError(f"adapter: the labels in its record are {labels!r:.80}; restore run.json, or copy it again")
     return labels
 
 

@@ -15,6 +15,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CHECKSUM = "lora.sha256"
+LABELS = "lora.labels"  # what a classifier calls its outputs, in their order, as JSON
 BLANK = "0" * 64
 LONGEST = 32 << 20  # of a header, in bytes: some 200,000 tensors
 _DTYPES = {  # names in torch, and bytes

@@ -2,23 +2,18 @@
 
 import json
 import os
-import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from ..files.commit import replaced
 from .finished import Finished, check_folder
 from .markdown import block, cell, number, table
+from .places import base_name, data_name, without_places
 
 CARD_FILE = "README.md"
 MARK = "<!-- lora train wrote this card; without this line the next run leaves it alone -->"
-_HUB_NAME = re.compile(r"[A-Za-z0-9]([\w.-]*\w)?(/[A-Za-z0-9]([\w.-]*\w)?)?", re.ASCII)
-_DRIVE = re.compile(r"[A-Za-z]:(?=[/\\])")
-_ROWS = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt|gz)$", re.IGNORECASE)
-# An absolute path in a sentence: with a root, a drive, a home or a share in front, and not the middle of an address.
-_PATH = re.compile(r"(?<![\w.:/\\<])(?:~[\w.-]*|\.{1,2}|[A-Za-z]:|\\)?(?:[/\\][^\s/\\'\"`<>|,;:]+)+[/\\]?")
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be told
 _LEFT_OUT = ("model", "data", "eval_data", "out", "track")  # of the settings: they name places, or say nothing of it
 
@@ -50,38 +45,6 @@ def card(folder: Path) -> str:
         *_checks(run), "## Settings", _settings(run),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
-
-
-def base_name(model: str) -> tuple[str, bool]:
-    """(what the base is called, whether that is a name on the hub): the last part alone of a local path."""
-    if _HUB_NAME.fullmatch(model) and not os.path.lexists(model):
-        return model, True
-    return _last(os.path.abspath(model) if model.strip("./\\") == "" else model), False
-
-
-def data_name(data: str) -> str:
-    """The name of a file or folder of rows without where it lies; a name on the hub as it is."""
-    path = data.partition(":")[0]
-    on_hub = (
-        not _DRIVE.match(data) and _HUB_NAME.fullmatch(path) and not _ROWS.search(path) and not os.path.lexists(path)
-    )
-    return data if on_hub else _last(data)
-
-
-def _last(path: str) -> str:
-    name = PureWindowsPath(path).name if "\\" in path or _DRIVE.match(path) else PurePosixPath(path).name
-    return name or "a local folder"
-
-
-def _without_places(text: str, run: Finished) -> str:
-    """A sentence with the names alone of the paths in it."""
-    own = [str(run.recipe.get(name) or "") for name in ("model", "data", "eval_data", "out")]
-    folders = [str(run.folder), str(run.folder.resolve())]
-    for path in sorted({*own, *folders}, key=len, reverse=True):  # with spaces in them, or relative
-        if ("/" in path or "\\" in path) and not base_name(path)[1]:
-            name = _last(path).replace("\\", "")  # in a replacement it has a meaning
-            text = re.sub(rf"(?<![\w./\\]){re.escape(path)}(?![\w/\\-]|\.\w)", name, text)
-    return _PATH.sub(lambda found: _last(found[0].rstrip("/\\")), text)
 
 
 def _header(run: Finished, base: str | None) -> str:
@@ -189,7 +152,7 @@ def _trained(run: Finished) -> Iterator[list[str]]:
 
 
 def _checks(run: Finished) -> list[str]:
-    rows = [[cell(_without_places(text, run), 1000) for text in line] for line in run.checks]
+    rows = [[cell(without_places(text, run.recipe, run.folder), 1000) for text in line] for line in run.checks]
     if not rows:
         return []
     return ["## Check", "After training, the adapter was read back from disk:", table(["check", "verdict", ""], rows)]

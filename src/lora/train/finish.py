@@ -24,11 +24,14 @@ from .evaluations import SAMPLES_FILE
 from .examine import examined
 from .metrics import METRICS_FILE
 from .outcome import Outcome
-from .place import Place
+from .place import FOLDER, Place
+from .places import FIELDS, published, published_base, without_places
 from .quiet import quiet
 from .recipe import RECIPE_FILE, RUN_FILE, Recipe
 from .rows import RunRows
 from .trainer import LoraTrainer
+
+IGNORED_FILE = ".gitignore"
 
 
 def trained_digest(model: Any) -> str:
@@ -59,13 +62,15 @@ def save_adapter(model: Any, place: Place) -> tuple[Path, str | None]:
         LoraError: it can be saved nowhere.
     """
     try:
-        lora.save(model, place.out)
+        with published_base(model):
+            lora.save(model, place.out)
         return place.out, None
     except LoraError as error:
         why = str(error)
     for folder in place.elsewhere():
         with suppress(LoraError):
-            lora.save(model, folder)
+            with published_base(model):
+                lora.save(model, folder)
             return folder, why
         with suppress(OSError):
             folder.rmdir()
@@ -83,10 +88,14 @@ def conclude(
     if recipe.check:
         with quiet():
             outcome, probe = examined(recipe, folder, trainer.model, rows, trainer.length)
-        record |= {"outcome": outcome.to_json(), "probe": probe.record()}
+        shown = outcome.to_json()
+        for line in shown["lines"]:
+            line["text"] = without_places(line["text"], recipe.model_dump(), folder)
+        record |= {"outcome": shown, "probe": probe.record()}
     write_all({
         "metrics.jsonl": lambda: move_metrics(place, folder),
         "loss.png": lambda: picture.draw(folder),
+        IGNORED_FILE: lambda: ignore_checkpoints(folder),
         "run.json": lambda: write_record(folder, recipe, record),
         "report.md": lambda: report_page.write(folder),
         "README.md": lambda: _card(folder),
@@ -122,10 +131,24 @@ def move_metrics(place: Place, folder: Path) -> None:
 
 
 def write_record(folder: Path, recipe: Recipe, record: dict[str, Any]) -> None:
-    """recipe.yaml, then run.json, whose being there says that the run is finished."""
-    for name, content in ((RECIPE_FILE, recipe.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
+    """recipe.yaml, then run.json, whose being there says that the run is finished.
+
+    The folder is what people publish, so the recipe has names there where it had absolute paths.
+    """
+    places = {name: place for name in FIELDS if (place := getattr(recipe, name)) is not None}
+    shown = recipe.model_copy(update={name: published(place) for name, place in places.items()})
+    note = f"# Absolute paths are names here; {FOLDER}/{RECIPE_FILE} has them, and runs again.\n"
+    note = note if shown != recipe else ""
+    for name, content in ((RECIPE_FILE, note + shown.to_yaml()), (RUN_FILE, json.dumps(record, indent=2) + "\n")):
         with replaced(folder / name) as file:
             file.write_text(content, encoding="utf-8")
+
+
+def ignore_checkpoints(folder: Path) -> None:
+    """The way back stays at home: git and the hub's upload leave out what this file names. One that is there stays."""
+    if not (folder / IGNORED_FILE).exists():
+        with replaced(folder / IGNORED_FILE) as file:
+            file.write_text(f"{FOLDER}/\n", encoding="utf-8")
 
 
 def facts(model: Any, rows: RunRows) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The loss as a mean over trained tokens: of a whole optimizer step, and of all held-out rows."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.encode import IGNORED
-from ..errors import LoraError
+from ..errors import LoraError, LoraWarning
 from .modes import evaluating
 
 
@@ -30,6 +31,39 @@ def token_weighted(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | in
     total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     count = trained_tokens(labels) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / count.to(total.device).clamp(min=1)  # a step without a trained token has no loss, and is no NaN
+
+
+def loss_of(model: Any) -> Callable[..., Tensor]:
+    """What a step's micro-batches add up: `token_weighted`, and the routers' own loss where the config asks for it.
+
+    With `output_router_logits` a mixture of experts has an auxiliary loss, which holds uneven use against it. It is of
+    a batch and no mean over tokens. So a step has the mean of its micro-batches', weighted by their trained tokens,
+    and unlike the rest it depends a little on how the step is cut. Held-out losses are without it.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return token_weighted
+    factor = _first(model, config, "router_aux_loss_coef", "aux_loss_coef")
+
+    def with_routers(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        loss, routers = token_weighted(outputs, labels, num_items_in_batch), getattr(outputs, "aux_loss", None)
+        if not isinstance(routers, Tensor) or factor is None:
+            lacks = "router_aux_loss_coef" if factor is None else "aux_loss"
+            warnings.warn(
+                f"output_router_logits is on, but {type(model).__name__} has no {lacks}: the routers' loss is left out",
+                LoraWarning, stacklevel=2,
+            )  # fmt: skip
+            return loss
+        share = 1.0 if num_items_in_batch is None else trained_tokens(labels) / num_items_in_batch
+        return loss + factor * share * routers.to(loss.device)
+
+    return with_routers
+
+
+def _first(model: Any, config: Any, *names: str) -> float | None:
+    """The first of these numbers that the model has, or its config."""
+    found = [getattr(each, name, None) for name in names for each in (model, config)]
+    return next((float(number) for number in found if isinstance(number, (int, float))), None)
 
 
 def trained_tokens(labels: Tensor) -> Tensor:

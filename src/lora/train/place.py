@@ -17,7 +17,8 @@ from ..files.header import CONFIG_FILE
 from .manifest import manifest_of, sweep
 from .recipe import RECIPE_FILE, RUN_FILE
 
-_FOLDER, _LOCK, _ENDED = "checkpoints", "lock", "ended.json"
+FOLDER = "checkpoints"
+_LOCK, _ENDED = "lock", "ended.json"
 _STEP = "step-"
 
 
@@ -34,7 +35,7 @@ class Place:
 
     @property
     def checkpoints(self) -> Path:
-        return self.out / _FOLDER
+        return self.out / FOLDER
 
     @property
     def live(self) -> Path:

@@ -6,6 +6,8 @@ from typing import Any
 
 from ..data.formats import Example, typed_prompt
 from ..errors import LoraError
+from ..files.adapter import reading
+from ..files.header import CONFIG_FILE, LABELS, TENSOR_FILE
 from .recipe import RUN_FILE
 
 MERGE_FILE = "lora_merge.json"  # in a merged model's folder, with what its adapter's run recorded as `trained`
@@ -15,8 +17,10 @@ KEPT = ("task", "format", "template", "labels")
 def run_record(folder: str | Path | None) -> dict[str, Any]:
     """The run.json of an adapter's folder, or what a merged model's folder has of it; empty where there is neither.
 
+    A classifier's labels stand in the adapter's own file as well, whose word is taken where there is no record.
+
     Raises:
-        LoraError: a file that is no such record.
+        LoraError: a file that is no such record, or an adapter that cannot be read.
     """
     if folder is None:
         return {}
@@ -25,6 +29,9 @@ def run_record(folder: str | Path | None) -> dict[str, Any]:
     if (file := Path(folder) / MERGE_FILE).is_file():
         trained = _read(file).get("trained", {})
         return trained if isinstance(trained, dict) else {}
+    if (Path(folder) / TENSOR_FILE).is_file() and (Path(folder) / CONFIG_FILE).is_file():
+        labels = reading(Path(folder), lambda file: file.metadata.get(LABELS))
+        return {} if labels is None else {"task": "classify", "labels": _parsed(Path(folder), labels)}
     return {}
 
 
@@ -42,6 +49,13 @@ def prompt_as_trained(text: str, folder: str | Path | None) -> Example:
 def style_as_trained(folder: str | Path | None) -> str:
     """The template that an adapter was trained with; "auto" where the record says none."""
     return str(run_record(folder).get("template") or "auto")
+
+
+def _parsed(folder: Path, labels: str) -> Any:
+    try:
+        return json.loads(labels)
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"adapter: the labels in {str(folder / TENSOR_FILE)!r} are damaged; copy it again") from error
 
 
 def _read(file: Path) -> dict[str, Any]:

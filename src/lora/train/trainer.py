@@ -13,7 +13,7 @@ from .feed import Feed, Item, rows_of
 from .generators import Generators
 from .guard import Guard, gradient_norm
 from .length import Length
-from .losses import token_weighted
+from .losses import loss_of
 from .memory_retry import MicroBatches
 from .needs import OPTIMIZERS
 from .recipe import Recipe
@@ -53,7 +53,7 @@ class LoraTrainer(Trainer):
         super().__init__(
             model=model, args=arguments(recipe, length, folder), callbacks=[first, *callbacks],
             train_dataset=feed, data_collator=collate,
-            compute_loss_func=token_weighted if recipe.task == "generate" and not recipe.liger else None,
+            compute_loss_func=loss_of(model) if recipe.task == "generate" and not recipe.liger else None,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.random = Generators.now()
