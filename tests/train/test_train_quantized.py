@@ -122,7 +122,7 @@ def test_a_run_on_a_base_quantized_for_it(
     assert len(parts) == 28  # 7 linears of 2 layers: A and B of each, and nothing of the base
     assert all(part.dtype == torch.float32 for part in parts.values())
     assert all(part.abs().max() > 0 for key, part in parts.items() if "lora_B" in key)
-    written = load_recipe(out / "recipe.yaml")  # what was open is decided there
+    written = load_recipe(out / "checkpoints" / "recipe.yaml")  # what was open is decided there
     assert {name: getattr(written, name) for name in plan.model_fields_set} == plan.model_dump(exclude_unset=True)
 
 
