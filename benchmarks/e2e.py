@@ -1,4 +1,4 @@
-"""E2E NLG: LoRA at several ranks beside full fine-tuning, on one base or more, each side's learning rate swept.
+"""E2E NLG: LoRA at several ranks and a LLaMA-Adapter beside full fine-tuning, each side's learning rate swept.
 
     python benchmarks/e2e.py MODEL [MODEL ...] --train examples/e2e/train.jsonl --test examples/e2e/test.jsonl
 
@@ -29,15 +29,17 @@ from lora.train.base import load_base, load_tokenizer
 from lora.train.generation import generate, row_prompts
 from lora.train.losses import held_out_loss, token_weighted
 
-RATES = {"full": [2e-4, 5e-4, 1e-3, 2e-3], "lora": [1e-3, 2e-3, 4e-3, 8e-3]}
-SIDES = {"full": 0, "lora r=4": 4, "lora r=8": 8, "lora r=16": 16}  # ranks; 0: all weights train
+RATES = {"full": [2e-4, 5e-4, 1e-3, 2e-3], "lora": [1e-3, 2e-3, 4e-3, 8e-3], "prompts": [3e-3, 1e-2, 3e-2]}
+SIDES = {"full": 0, "lora r=4": 4, "lora r=8": 8, "lora r=16": 16, "prompts": -1}  # ranks; 0: all weights train
 
 
 def trained(args: argparse.Namespace, name: str, rank: int, rate: float, seed: int, rows: list[Encoded]) -> Any:
     """A fresh model after its run: 20 steps of warm-up, then a linear decay to zero."""
     torch.manual_seed(seed)
     model = load_base(name, torch.float32).to(args.device)
-    if rank:
+    if rank < 0:  # 10 prompts in each layer
+        lora.llama_adapter.inject(model)
+    elif rank:
         lora.inject(model, r=rank, alpha=2 * rank, targets="all-linear")
     else:
         model.requires_grad_(True)
@@ -45,7 +47,9 @@ def trained(args: argparse.Namespace, name: str, rank: int, rate: float, seed: i
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     lengths = [len(row["input_ids"]) for row in rows]
-    order = [batch for epoch in range(args.passes) for batch in batches(lengths, args.batch_size, seed, epoch, True)]
+    order = [
+        batch for epoch in range(args.passes) for batch in batches(lengths, args.batch_size, seed, epoch, args.group)
+    ]
     order = order[: args.steps]
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / 20, (len(order) - n) / max(1, len(order) - 20))
@@ -81,7 +85,8 @@ def measured(args: argparse.Namespace, name: str, side: str, rate: float, seed: 
     start = time.perf_counter()
     model = trained(args, name, SIDES[side], rate, seed, data["train"])
     row = {
-        "base": Path(name).name, "side": side, "passes": args.passes, "lr": rate, "seed": seed,
+        "base": Path(name).name, "side": side, "passes": args.passes, "grouped": int(args.group), "lr": rate,
+        "seed": seed,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(time.perf_counter() - start, 1),
         "held_out_loss": round(held_out(args, model, data["held"]), 4),
@@ -109,6 +114,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=int, default=4, help="so many of each side's rates are tried")
+    parser.add_argument("--group", action="store_true", help="rows of like length share a step")
     parser.add_argument("--time", action="store_true", help="time 60 steps of each side, and stop")
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@
 A case is: the base's quantization, rows, tokens of a row, and words: offload, qv (r=8 on q and v; else r=16 on all
 linears), packed (rows of 512 tokens, laid into packs of so many). The base has random weights and is saved quantized;
 the job reads it from disk with its rows, trains, and writes what every run writes. Its rate is that of its
-metrics.jsonl, from the fourth step to the last but one, its checkpoints apart; the bare step takes ids of the same
+metrics.jsonl, from the fourth step to the last but one; the bare step takes ids of the same
 shape (one row of 512 tokens where the job packs), before the job and after it.
 """
 
@@ -80,14 +80,14 @@ def recipe_of(a: argparse.Namespace, folder: Path) -> Any:
         model=str(folder / "base"), data=str(folder / "rows.jsonl"), out=str(folder / "out"), quantize=kind,
         r=8 if "qv" in words else 16, targets=targets, batch_size=rows, max_length=tokens, packing="packed" in words,
         max_steps=STEPS, liger=a.shape != "tiny", gradient_checkpointing=a.shape != "tiny", offload="offload" in words,
-        check=False, warmup_steps=0, save_every=STEPS // 2,
+        check=False, warmup_steps=0, save_every=STEPS,
     )  # fmt: skip
 
 
 def bare(a: argparse.Namespace, recipe: Any) -> Any:
     """A function that times the bare step of the same shape: tokens a second."""
     import torch
-    from on_gpu import time_of_steps, training_step
+    from on_gpu import training_step
 
     import lora
     from lora.train.base import load_base, pick_dtype
@@ -112,12 +112,12 @@ def bare(a: argparse.Namespace, recipe: Any) -> Any:
     def rate() -> float:
         for _ in range(SKIPPED):
             step()
-        if device == "cpu":
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            return rows * tokens * STEPS / (time.perf_counter() - start)
-        return rows * tokens / time_of_steps(step, STEPS)["ms"] * 1e3
+        torch.cuda.synchronize() if device == "cuda" else None
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize() if device == "cuda" else None
+        return rows * tokens * STEPS / (time.perf_counter() - start)
 
     return rate
 

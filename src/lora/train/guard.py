@@ -1,7 +1,7 @@
 """A step whose loss or gradient is not finite is not taken, and too many in a row end the run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ class Guard:
         return False
 
 
-def gradient_norm(model: torch.nn.Module, most: float) -> tuple[Tensor, Callable[[], None]]:
-    """The norm of all gradients, and what clips them to `most` by it (nothing for 0)."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+def gradient_norm(trained: Iterable[Tensor], most: float) -> tuple[Tensor, Callable[[], None]]:
+    """The norm of the gradients of what trains, and what clips them to `most` by it (nothing for 0)."""
+    parameters = [p for p in trained if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def clip() -> None:

@@ -57,6 +57,7 @@ class LoraTrainer(Trainer):
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self.random = Generators.now()
+        self.trained = [p for p in model.parameters() if p.requires_grad]  # a walk over a large base takes milliseconds
         # Whether a micro-batch's loss is its share of the step's; else it is its own mean. Liger's kernel fuses the
         # loss into the model, which then divides by what it is told.
         self.weighted = self.compute_loss_func is not None or (recipe.liger and self.model_accepts_loss_kwargs)
@@ -77,14 +78,14 @@ class LoraTrainer(Trainer):
         while True:
             items = inputs
             loss, trained = self.micro.fit(items, number, lambda cut: self._gradients(model, cut, start))
-            norm, clip = gradient_norm(model, self.args.max_grad_norm)
+            norm, clip = gradient_norm(self.trained, self.args.max_grad_norm)
             losses, gradient = torch.stack([loss.double(), norm.to(loss.device).double()]).tolist()  # one sync
             tokens = sum(len(row["input_ids"]) for item in items for row in rows_of(item))
             lr = float(self.optimizer.param_groups[0]["lr"])
             self.last = Step(number, losses, gradient, lr, tokens, trained)
             if self.guard.passes(self.last, self.feed.taken):
                 break
-            model.zero_grad()
+            self._forget_gradients()
             inputs = self.feed.take()
         clip()
         self.random, self.position = Generators.now(), self.feed.position
@@ -93,7 +94,7 @@ class LoraTrainer(Trainer):
     def _gradients(self, model: Any, cut: list[list[Item]], start: Generators) -> tuple[Tensor, int]:
         """(the step's loss, trained tokens); its gradient lies in the parameters, and nothing of before."""
         start.restore()
-        model.zero_grad()
+        self._forget_gradients()
         batches = [self.data_collator(items) for items in cut]
         trained = sum(_trained(batch["labels"]) for batch in batches)
         total = torch.zeros((), device=self.args.device)
@@ -108,6 +109,10 @@ class LoraTrainer(Trainer):
             self.accelerator.backward(loss)
             total += loss.detach().to(total.device)
         return total, trained
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
 
     # The gradient is measured and clipped where the step is judged.
     def _clip_grad_norm(self, model: Any) -> float:
