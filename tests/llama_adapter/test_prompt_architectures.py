@@ -164,6 +164,15 @@ GEMMA3N = {
     "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 1,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
 }  # fmt: skip
+
+
+def test_an_attention_function_that_would_pass_by_is_refused_when_it_is_asked_for() -> None:
+    model = adapted(built("gpt2"))
+    model.set_attn_implementation("eager")
+    with pytest.raises(LoraError, match="takes a way of its own where the attention is 'eager'"):
+        model(X)
+
+
 REFUSED = {
     "Gemma3nTextAttention, cannot carry prompts: .* may depend on shared_kv_states": lambda: hf.Gemma3nForCausalLM(
         hf.Gemma3nTextConfig(**{**SIZES, "num_hidden_layers": 4}, **HEADS, **GEMMA3N)

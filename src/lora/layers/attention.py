@@ -47,6 +47,7 @@ class PromptAdapters(Kind):
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
         self.way = interface.Way.of(self.original)
+        self.row_names: Sequence[str | None] | None = None  # which adapter each row of a batch has; None: all that act
         self.rows: Rows | None = None
         interface.announce()
 
@@ -71,12 +72,11 @@ class PromptAdapters(Kind):
             found.append(interface.Prompted(*made, term.factors()))
         return tuple(found) if self.rows is None else self.rows.choose(found, len(hidden))
 
-    def set_rows(self, host: nn.Module, names: Sequence[str | None] | None) -> None:
-        """Which adapter each row of a batch has, of those that act; None: every row all that act."""
+    def acts(self, host: nn.Module) -> None:
         self.rows = None
-        if names is not None:
-            index = [self.active.index(name) if name in self.active else -1 for name in names]
-            self.rows = Rows(torch.tensor(index, device=next(host.parameters()).device))
+        if self.row_names is not None:
+            index = [self.active.index(name) if name in self.active else -1 for name in self.row_names]
+            self.rows = Rows(torch.tensor(index, device=_device(host)))
 
     @classmethod
     def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
@@ -172,7 +172,8 @@ def set_rows(root: nn.Module, names: Sequence[str | None] | None) -> None:
     """Which adapter each row of a batch has, in every attention; None: every row all that act."""
     for _, host, adapters in hosts(root):
         if isinstance(adapters, PromptAdapters):
-            adapters.set_rows(host, names)
+            adapters.row_names = names
+            adapters.acts(host)
 
 
 def _projections(host: nn.Module) -> list[nn.Module]:
@@ -180,9 +181,14 @@ def _projections(host: nn.Module) -> list[nn.Module]:
     return [module for _, module in base_modules(host) if module is not host and weight_of(module) is not None]
 
 
+def _device(host: nn.Module) -> torch.device:
+    """Where an attention runs, also where accelerate keeps its weights elsewhere."""
+    weights = [weight for module in _projections(host) if (weight := weight_of(module)) is not None]
+    return weights[0].device if weights else next(host.parameters()).device
+
+
 def _fresh(host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:
-    own = host.__dict__["config"]
-    device = next(host.parameters()).device
+    own, device = host.__dict__["config"], _device(host)
     if loading and device.type == "meta":
         device = torch.device("cpu")
     part = Prompts(config.prompt_length, own.hidden_size, own.num_attention_heads, config.gate, device)

@@ -37,8 +37,8 @@ _FIXED_OF_LORA = {
 }
 _FIXED_OF_PROMPTS = {"prompt_length": "as published, in the top 30 layers or in all where there are fewer"}
 _FIXED = {"batch_size": "adapters suffer more from large batches than full fine-tuning, and no rank mends it"}
-# Of prompts whatever the base's size: they start at random, and their gates at zero.
-_PROMPT_RATE = 5e-3
+# Of prompts, which start at random behind closed gates: so many times LoRA's rate.
+_PROMPT_TIMES = 20
 
 
 def alpha(rslora: bool) -> float:
@@ -220,7 +220,8 @@ def _choices(recipe: "Recipe", facts: BaseFacts | None, steps: int | None, a_pas
     if steps is None:
         return
     if prompts:
-        yield Choice("lr", _PROMPT_RATE, "prompts start at random and their gates at zero, so they need a high one")
+        value, why = rate(None if facts is None else facts.parameters, steps)
+        yield Choice("lr", _round(_PROMPT_TIMES * value), f"{_PROMPT_TIMES} times LoRA's, which is {why}")
     else:
         yield Choice("lr", *rate(None if facts is None else facts.parameters, steps))
     warmup = math.floor(_WARMUP * steps)

@@ -8,6 +8,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from ..errors import LoraError
+
 _SERIAL = itertools.count()
 
 
@@ -44,6 +46,11 @@ class Prompts(nn.Module):
 
     def inputs(self, like: Tensor) -> Tensor:
         """The prompts (1 or batch, K, hidden) that a batch sees, for hidden states `like`, in their dtype."""
+        if self.prompts.is_meta and not like.is_meta:
+            raise LoraError(
+                "model: an adapter's prompts are on the meta device, and nothing brings them to where it runs; where "
+                "accelerate offloads the model, do that first and inject then; else load the base's values, then inject"
+            )
         prompts = self.prompts if self.added is None else self.prompts + self.added
         return prompts.to(like.device, like.dtype)
 
