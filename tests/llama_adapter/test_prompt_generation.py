@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lora
 from lora import LoraError, llama_adapter
-from tiny_decoders import X, adapted, bits, llama, opened, parts
+from tiny_decoders import X, adapted, bits, llama, opened, parts, without
 
 NEW = 6
 
@@ -172,10 +172,26 @@ def test_generation_by_row(three: Any, settings: dict[str, Any]) -> None:
         assert torch.equal(written(three, X, **settings), torch.cat(wanted))
 
 
+def test_rows_follow_what_is_done_within_them(three: Any) -> None:
+    wanted = torch.cat([alone(three, name, X[i : i + 1]) for i, name in enumerate(("a", "b"))])
+    bare = three(X).logits
+    with llama_adapter.rows(three, ["a", "b"]):
+        lora.activate(three, ["b", "low", "a"])
+        assert torch.allclose(three(X).logits, wanted, atol=1e-5)
+        with lora.disabled(three):
+            assert torch.equal(three(X).logits, without(three, X))
+        with llama_adapter.rows(three, [None, "b"]):
+            assert torch.allclose(three(X).logits, torch.stack([bare[0], wanted[1]]), atol=1e-5)
+        assert torch.allclose(three(X).logits, wanted, atol=1e-5)
+        compiled = torch.compile(three, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(X, use_cache=False).logits, wanted, atol=1e-5)
+    assert torch.equal(three(X).logits, bare)
+
+
 def test_rows_that_do_not_fit_are_told_of(three: Any) -> None:
     before = three(X).logits
     for names, words in (
-        (["a", "c"], "no LLaMA-Adapter 'c'"), (["a", "low"], "no LLaMA-Adapter 'low'"), ([], "a list of a name"),
+        (["a", "c"], "'c' is not there"), (["a", "low"], "'low' trains more than prompts"), ([], "a list of a name"),
         ("ab", "a list of a name"),
     ):  # fmt: skip
         with pytest.raises(LoraError, match=words), llama_adapter.rows(three, names):

@@ -156,6 +156,38 @@ def test_wrong_settings_are_named_and_change_nothing() -> None:
         llama_adapter.inject(model)
 
 
+def test_an_inject_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora import injection
+
+    model = adapted(llama(), name="first")
+    wanted, before = model(X).logits, {name: type(module) for name, module in model.named_modules()}
+    attach, left = injection.attach, iter(range(2))
+
+    def fails(*arguments: Any) -> None:
+        attach(*arguments)
+        if next(left) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(injection, "attach", fails)
+    with pytest.raises(KeyboardInterrupt):
+        llama_adapter.inject(model, layers=3)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert torch.equal(model(X).logits, wanted)
+
+
+def test_prompts_where_the_base_has_no_values_are_told_of() -> None:
+    from accelerate import cpu_offload
+
+    wanted = adapted(llama())(X).logits
+    first = llama()
+    cpu_offload(first, execution_device=torch.device("cpu"))
+    assert torch.allclose(adapted(first)(X).logits, wanted, atol=1e-5)
+    later = adapted(llama())
+    cpu_offload(later, execution_device=torch.device("cpu"))
+    with pytest.raises(LoraError, match="prompts are on the meta device"):
+        later(X)
+
+
 def test_a_model_without_the_interface_is_refused_by_name() -> None:
     with pytest.raises(LoraError, match="no module of Sequential looks up its attention"):
         llama_adapter.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)))

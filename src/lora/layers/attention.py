@@ -42,6 +42,7 @@ class PromptAdapters(Kind):
 
     layer = PromptedAttention
     by_targets = False
+    by_row = True
     terms: tuple[Prompts, ...]
 
     def __init__(self, host: nn.Module) -> None:
@@ -168,12 +169,15 @@ def attentions(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def set_rows(root: nn.Module, names: Sequence[str | None] | None) -> None:
-    """Which adapter each row of a batch has, in every attention; None: every row all that act."""
+def set_rows(root: nn.Module, names: Sequence[str | None] | None) -> Sequence[str | None] | None:
+    """Which adapter each row of a batch has, in every attention; None: every row all that act. What was before."""
+    before = None
     for _, host, adapters in hosts(root):
         if isinstance(adapters, PromptAdapters):
+            before = adapters.row_names
             adapters.row_names = names
             adapters.acts(host)
+    return before
 
 
 def _projections(host: nn.Module) -> list[nn.Module]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..atomic import alone, later_interrupts, whole_or_not
-from ..config import PromptConfig, check_name
+from ..config import check_name
 from ..errors import LoraError, near
 from ..layers import hosts, set_rows
 from ..layers.host import activate as activate_host
@@ -28,20 +28,23 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """
     root = unwrap(model)
     before: dict[nn.Module, tuple[str, ...]] = {}
+    outer: Sequence[str | None] | None = None
 
     def enter() -> None:
+        nonlocal outer
         chosen = list(dict.fromkeys(name for name in names if name is not None))
         prompts = _prompts(root)
         for name in chosen:
             if check_name(name) not in prompts:
-                raise LoraError(f"names: the model has no LLaMA-Adapter {name!r}{near(name, prompts)}")
+                known = "trains more than prompts, which all rows share" if name in resident(root) else "is not there"
+                raise LoraError(f"names: {name!r} {known}; give LLaMA-Adapters of the model{near(name, prompts)}")
         refuse_merged(root)
         before.update({host: adapters.active for _, host, adapters in hosts(root)})
         activate_all(root, [*(name for name in acting(root) if name not in prompts), *chosen])
-        set_rows(root, list(names))
+        outer = set_rows(root, list(names))
 
     def leave() -> None:
-        set_rows(root, None)
+        set_rows(root, outer)
         for _, host, _ in hosts(root):
             activate_host(host, before.get(host, ()))
 
@@ -57,4 +60,6 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 
 def _prompts(root: nn.Module) -> list[str]:
-    return [name for name, record in resident(root).items() if isinstance(record.config, PromptConfig)]
+    """The adapters of which nothing acts but by row."""
+    whole = {name for _, _, adapters in hosts(root) if not adapters.by_row for name in adapters.records}
+    return [name for name in resident(root) if name not in whole]
