@@ -36,7 +36,7 @@ ROOMS = {
     "merging": "errors bases exact layers resident atomic",
     "activation": "errors config exact layers resident atomic merging",
     "injection": "errors config bases layers targets resident atomic",
-    "llama_adapter": "errors config layers resident atomic injection lora",
+    "llama_adapter": "errors config updates layers resident atomic injection lora",
     "saving": "errors config files bases layers resident atomic activation",
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "integrations": "errors files bases updates layers resident merging activation saving loading lora",

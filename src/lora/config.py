@@ -133,6 +133,9 @@ class PromptConfig(AdapterConfig):
         prompt_length: learned prompts in each.
         gate: one for each "head", through tanh, as published; or one for each "layer", without, as PEFT has it.
         train: names of modules to train whole and save with the adapter.
+        features: [tokens, dim] of the features that each row of a batch comes with; None: the adapter reads none.
+        fusion: where they enter. "late": a vector for each row, added to the prompts (arXiv:2303.16199). "early":
+            tokens in all layers below those with prompts (arXiv:2304.15010).
 
     Raises:
         LoraError: with every field that is wrong.
@@ -142,6 +145,8 @@ class PromptConfig(AdapterConfig):
     prompt_length: int = 10
     gate: str = "head"
     train: list[str] = field(default_factory=list)
+    features: list[int] | None = None
+    fusion: str = "late"
     bias = "none"  # of all such adapters: no field
 
     def __post_init__(self) -> None:
@@ -151,6 +156,11 @@ class PromptConfig(AdapterConfig):
             wrong.append(f"train: got {self.train!r}; a list of module names, such as ['score']")
         if self.gate not in ("head", "layer"):
             wrong.append(f"gate: got {self.gate!r}; 'head' or 'layer'")
+        sizes = self.features
+        if sizes is not None and not (isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_rank, sizes))):
+            wrong.append(f"features: got {sizes!r}; [tokens, dim] of the features of one row, or None")
+        if self.fusion not in ("late", "early") or (self.fusion == "early" and sizes is None):
+            wrong.append(f"fusion: got {self.fusion!r}; 'late', or 'early' beside features=[tokens, dim]")
         if wrong:
             raise LoraError("\n".join(wrong))
 

@@ -14,8 +14,15 @@ PROMPT, GATE = ".adaption_prompt", ".adaption_gate"
 # Our fields by their keys. PEFT has no word for a gate of each head, and its own gate is one for each layer.
 KEYS = {
     "layers": "adapter_layers", "prompt_length": "adapter_len", "gate": "lora_gate", "train": "modules_to_save",
+    "features": "lora_features", "fusion": "lora_fusion",
 }  # fmt: skip
-_ABSENT: dict[str, Any] = {"gate": "layer", "train": []}  # what a file means that has no such key
+_ABSENT: dict[str, Any] = {
+    "gate": "layer",
+    "train": [],
+    "features": None,
+    "fusion": "late",
+}  # what a file means that has no such key
+_MOST_FEATURES = 10_000_000
 _MOST = {"adapter_layers": 10_000, "adapter_len": 1_000_000}
 
 
@@ -59,6 +66,11 @@ def config_of(found: dict[str, Any], where: str) -> PromptConfig:
     train = found.get("modules_to_save", [])
     if not isinstance(train, list) or len(train) > 500:
         raise LoraError(f"{where}: modules_to_save is {clip(repr(train))}; a list of at most 500 names")
+    features = found.get(KEYS["features"])
+    if features is not None and not _are_sizes(features):
+        raise LoraError(
+            f"{where}: {KEYS['features']} is {clip(repr(features))}; [tokens, dim], {_MOST_FEATURES:,} in all"
+        )
     try:
         fields: dict[str, Any] = {ours: found.get(theirs, _ABSENT.get(ours)) for ours, theirs in KEYS.items()}
         return PromptConfig(**fields)
@@ -66,9 +78,17 @@ def config_of(found: dict[str, Any], where: str) -> PromptConfig:
         raise LoraError(f"{where}: {clip_lines(error)}") from None
 
 
+def _are_sizes(found: Any) -> bool:
+    whole = isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+    return whole and found[0] * found[1] <= _MOST_FEATURES
+
+
 def config_digest(config: dict[str, Any]) -> str:
     """What of adapter_config.json gives the tensors their meaning; the two files of a save belong together by it."""
-    values = ["ADAPTION_PROMPT", *([key, config.get(key)] for key in sorted(KEYS.values()))]
+    absent = {KEYS[ours]: value for ours, value in _ABSENT.items()}
+    held = {key: config.get(key) for key in sorted(KEYS.values())}
+    later = {KEYS[ours] for ours in ("features", "fusion")}  # settings that older files know nothing of
+    values = ["ADAPTION_PROMPT", *([k, v] for k, v in held.items() if k not in later or v not in (None, absent[k]))]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
@@ -77,4 +97,8 @@ def words(found: dict[str, Any], where: str) -> str:
     config = config_of(found, where)
     gate = "a gate for each head" if config.gate == "head" else "one gate for each layer, as PEFT has it"
     whole = f", trained whole: {clip(', '.join(config.train), 300)}" if config.train else ""
-    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}{whole}"
+    reads = ""
+    if config.features is not None:
+        where = "to the prompts" if config.fusion == "late" else "in the layers below"
+        reads = f", {config.features[0]} x {config.features[1]} features of each row added {where}"
+    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}{reads}{whole}"

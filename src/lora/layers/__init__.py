@@ -2,6 +2,7 @@
 
 from .attention import PromptAdapters as PromptAdapters
 from .attention import attentions as attentions
+from .attention import feature_readers as feature_readers
 from .attention import set_rows as set_rows
 from .host import Adapter as Adapter
 from .host import LoraLayer as LoraLayer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..bases import FrozenWeight, weight_of
 from ..config import AdapterConfig, PromptConfig
 from ..errors import LoraError
-from ..updates import Prompts
+from ..updates import Prompts, encoder
 from . import interface
 from .host import LoraLayer, adapters_of, base_modules, original_class
 from .kept import room
@@ -81,7 +81,7 @@ class PromptAdapters(Kind):
 
     @classmethod
     def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
-        """Prompts for the topmost attentions of the decoder."""
+        """Prompts for the topmost attentions of the decoder; with fusion "early" what features give for those below."""
         if not isinstance(config, PromptConfig):
             return []
         found = list(attentions(root).items())
@@ -91,18 +91,26 @@ class PromptAdapters(Kind):
                 f"layers: got {config.layers}; {type(root).__name__} has {len(found)} attentions that can carry "
                 "prompts, and the adapter goes to that many of them from the top"
             )
-        chosen = found[-config.layers :]
+        chosen = found if config.fusion == "early" else found[-config.layers :]
+        if config.fusion == "early" and config.layers == len(found):
+            raise LoraError(
+                f"layers: got {config.layers}, which is all; fusion='early' puts the features into the layers "
+                "below those with prompts, so give fewer"
+            )
         for name, _ in chosen:
             if whole := [entry for entry in config.train if f".{entry}." in f".{name}."]:
                 raise LoraError(
                     f"train: {whole[0]!r} holds the attention {name!r}, whose prompts would never be attended to in a "
                     "copy that trains whole; leave it out"
                 )
-        return [Part(host, cls, _fresh(host, config, loading)) for _, host in chosen]
+        bare = len(chosen) - config.layers
+        return [Part(host, cls, _fresh(host, config, loading, i == 0, i < bare)) for i, (_, host) in enumerate(chosen)]
 
     @classmethod
     def tensors(cls, part: Prompts) -> dict[str, Tensor]:
-        return {"adaption_prompt": part.prompts, "adaption_gate": part.gate}
+        own = {} if part.prompts is None else {"adaption_prompt": part.prompts}
+        encoded = {} if part.features is None else dict(part.features.named_parameters(prefix="adaption_features"))
+        return {**own, "adaption_gate": part.gate, **encoded}
 
     @classmethod
     def loads_as(cls, host: nn.Module, part: Prompts) -> str:
@@ -121,8 +129,9 @@ class PromptAdapters(Kind):
 
     @classmethod
     def line(cls, part: Prompts) -> Line:
-        _, length, hidden = part.prompts.shape
-        note = "prompts" if part.rule == "head" else "prompts, one gate a layer"
+        _, length, hidden = part.shape
+        note = "features" if part.prompts is None else "prompts + features" if part.reads else "prompts"
+        note += "" if part.rule == "head" else ", one gate a layer"
         return Line((length, hidden), None, sum(p.numel() for p in part.parameters()), note)
 
     def runs(self, host: nn.Module, plain: torch.dtype | None) -> str:
@@ -180,6 +189,12 @@ def set_rows(root: nn.Module, names: Sequence[str | None] | None) -> Sequence[st
     return before
 
 
+def feature_readers(root: nn.Module, name: str) -> list[Prompts]:
+    """The parts of an adapter that read features, the lowest layer first; the first one holds what encodes them."""
+    found = [a[name] for _, _, a in hosts(root) if isinstance(a, PromptAdapters) and name in a]
+    return [part for part in found if part.reads]
+
+
 def _projections(host: nn.Module) -> list[nn.Module]:
     """The linears of an attention, in their order: that of the output is the last."""
     return [module for _, module in base_modules(host) if module is not host and weight_of(module) is not None]
@@ -191,11 +206,17 @@ def _device(host: nn.Module) -> torch.device:
     return weights[0].device if weights else next(host.parameters()).device
 
 
-def _fresh(host: nn.Module, config: PromptConfig, loading: bool) -> Prompts:
+def _fresh(host: nn.Module, config: PromptConfig, loading: bool, lowest: bool, bare: bool) -> Prompts:
+    """One layer's part. lowest: of the adapter, which holds what encodes features. bare: it has no prompts."""
     own, device = host.__dict__["config"], _device(host)
     if loading and device.type == "meta":
         device = torch.device("cpu")
-    part = Prompts(config.prompt_length, own.hidden_size, own.num_attention_heads, config.gate, device)
+    reads = bare or (config.features is not None and config.fusion == "late")
+    part = Prompts(
+        config.prompt_length, own.hidden_size, own.num_attention_heads, config.gate, device, reads=reads, bare=bare
+    )
+    if config.features is not None and lowest:
+        part.features = encoder(config.fusion, config.features, own.hidden_size, config.prompt_length, device)
     if not loading:
         part.reset_()
     return part

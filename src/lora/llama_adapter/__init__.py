@@ -11,9 +11,10 @@ from .. import load_on_use
 
 if TYPE_CHECKING:
     from .by_row import rows as rows
+    from .conditioning import condition as condition
     from .injecting import inject as inject
     from .published import load_published as load_published
 
-_HOME = {"inject": "injecting", "load_published": "published", "rows": "by_row"}
+_HOME = {"condition": "conditioning", "inject": "injecting", "load_published": "published", "rows": "by_row"}
 __all__ = [*_HOME]  # noqa: PLE0604  (the names are those of _HOME)
 __getattr__, __dir__ = load_on_use(__name__, _HOME, globals())

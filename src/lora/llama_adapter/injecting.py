@@ -17,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def inject(
     model: ModelT, layers: int | None = None, prompt_length: int = 10, name: str = "default", *, gate: str = "head",
-    train: Sequence[str] = (),
+    train: Sequence[str] = (), features: Sequence[int] | None = None, fusion: str = "late",
 ) -> ModelT:  # fmt: skip
     """Give the model a new LLaMA-Adapter (arXiv:2303.16199), freeze the base, make the adapter act alone.
 
@@ -28,6 +28,11 @@ def inject(
         prompt_length: K, the learned prompts of each.
         name: the adapter's name, `[A-Za-z0-9_-]{1,64}`.
         train: names of modules to train whole and save with the adapter, such as a classifier's head.
+        features: (tokens, dim) of the features that each row comes with, of pictures or anything else, given by
+            `condition`; None: the adapter reads none. What encodes them is a part of the adapter.
+        fusion: "late", a projection to one vector a row, added to the prompts of every adapted layer; or "early"
+            (arXiv:2304.15010), a small transformer to prompt_length tokens a row, for all layers below those that have
+            prompts.
         gate: "head", one for each head, through tanh; or "layer", one for all heads of a layer, without, as PEFT's.
 
     Returns:
@@ -41,9 +46,11 @@ def inject(
     root = unwrap(model, changing=True)
     with alone():
         check_name(name)
-        config, there = PromptConfig(layers, prompt_length, gate, list(train)), attentions(root)
+        sizes = None if features is None else list(features)
+        config, there = PromptConfig(layers, prompt_length, gate, list(train), sizes, fusion), attentions(root)
         if layers is None:
-            config = replace(config, layers=min(TOP_LAYERS, len(there)))
+            below = len(there) // 4 if fusion == "early" else 0  # for the features
+            config = replace(config, layers=min(TOP_LAYERS, max(1, len(there) - below)))
         adapter = new_adapter(root, name, config)
         whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, {}, adapter.config, False), True))
     return model

@@ -1,6 +1,8 @@
 """Updates: what an adapter holds on a host. One file each; `LoraConfig.update` names them."""
 
 from .dora import DoRA as DoRA
+from .features import Condition as Condition
+from .features import encoder as encoder
 from .low_rank import LowRank as LowRank
 from .prompts import Prompts as Prompts
 from .update import Change as Change

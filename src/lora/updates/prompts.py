@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
+from .features import Condition, Encoder
 
 _SERIAL = itertools.count()
 
@@ -18,40 +19,63 @@ class Prompts(nn.Module):
 
     gate: "head", (1, heads, 1, 1), of which the factor is tanh(g), as published; or "layer", (1,), one for all heads,
     which is the factor itself, as in PEFT's adaption prompts.
+    reads: whether features are added to the prompts. bare: no prompts, and what the features give in their place.
     """
 
-    def __init__(self, length: int, hidden: int, heads: int, gate: str, device: torch.device | None = None) -> None:
+    prompts: nn.Parameter | None
+    features: Encoder | None
+
+    def __init__(
+        self, length: int, hidden: int, heads: int, gate: str, device: torch.device | None = None, *,
+        reads: bool = False, bare: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         shape = (1, heads, 1, 1) if gate == "head" else (1,)
-        self.heads, self.rule = heads, gate
-        self.prompts = nn.Parameter(torch.empty(1, length, hidden, device=device, dtype=torch.float32))
+        self.heads, self.rule, self.shape, self.reads = heads, gate, (1, length, hidden), reads
+        made: nn.Parameter | None = (
+            None if bare else nn.Parameter(torch.empty(self.shape, device=device, dtype=torch.float32))
+        )
+        self.register_parameter("prompts", made)
+        self.features = None  # of the adapter's lowest layer that reads features, for all of them
         self.gate = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
-        self._added: Tensor | None = None
+        self._condition: Condition | None = None
         self.serial = next(_SERIAL)
 
     @property
-    def added(self) -> Tensor | None:
-        """What a condition adds to the prompts of one batch, (batch, 1 or K, hidden); no parameter, and in no file."""
-        return self._added
+    def condition(self) -> Condition | None:
+        """The features of the batch, within a `condition` block; no parameter, and in no file."""
+        return self._condition
 
-    @added.setter
-    def added(self, value: Tensor | None) -> None:
-        self._added, self.serial = value, next(_SERIAL)  # what was kept of the prompts is of others now
+    @condition.setter
+    def condition(self, value: Condition | None) -> None:
+        self._condition, self.serial = value, next(_SERIAL)  # what was kept of the prompts is of others now
 
     def reset_(self) -> None:
-        """Draw the prompts and close the gate."""
+        """Draw the prompts and what encodes features, and close the gate."""
         with torch.no_grad():
-            self.prompts.normal_()
+            if self.prompts is not None:
+                self.prompts.normal_()
+            if self.features is not None:
+                self.features.reset_()
             self.gate.zero_()
 
     def inputs(self, like: Tensor) -> Tensor:
         """The prompts (1 or batch, K, hidden) that a batch sees, for hidden states `like`, in their dtype."""
-        if self.prompts.is_meta and not like.is_meta:
+        if self.gate.is_meta and not like.is_meta:
             raise LoraError(
                 "model: an adapter's prompts are on the meta device, and nothing brings them to where it runs; where "
                 "accelerate offloads the model, do that first and inject then; else load the base's values, then inject"
             )
-        prompts = self.prompts if self.added is None else self.prompts + self.added
+        prompts: Tensor | None = self.prompts
+        if self.reads:
+            if self.condition is None:
+                raise LoraError(
+                    "features: the adapter that acts answers about features, and this call has none; run the model "
+                    "within lora.llama_adapter.condition(model, features), or lora.activate another adapter"
+                )
+            encoded = self.condition.tokens(len(like)).to(self.gate.device)
+            prompts = encoded if prompts is None else prompts + encoded
+        assert prompts is not None
         return prompts.to(like.device, like.dtype)
 
     def factors(self) -> Tensor:
@@ -61,4 +85,4 @@ class Prompts(nn.Module):
         return self.gate.view(1, 1).expand(1, self.heads)
 
     def extra_repr(self) -> str:
-        return f"prompts={self.prompts.shape[1]}, hidden={self.prompts.shape[2]}, heads={self.heads}, gate={self.rule}"
+        return f"prompts={self.shape[1]}, hidden={self.shape[2]}, heads={self.heads}, gate={self.rule}"
