@@ -10,7 +10,7 @@ from .atomic import alone, whole_or_not
 from .bases import allow_training, offload_of
 from .config import AdapterConfig, LoraConfig, check_name
 from .errors import LoraError, LoraWarning, ends
-from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_left_out
+from .layers import KINDS, Adapter, Part, Watch, base_modules, hosts, tell_fresh, tell_stacked
 from .layers.copies import base_parameters
 from .layers.frozen import settle
 from .layers.host import attach
@@ -46,7 +46,8 @@ def inject(model: ModelT, *, config: LoraConfig | None = None, name: str = "defa
         if config.targets is None:
             found = list(ends(targets, [name for name, _ in base_modules(root)]))
             warnings.warn(f"targets: None picked {found}; name them to silence this", LoraWarning, stacklevel=2)
-        tell_left_out(root, config, lambda name: left_in(config, name))
+        tell_fresh(root, config)
+        tell_stacked(root, config, lambda name: left_in(config, name))
         whole_or_not(root, lambda _: _new(root, adapter, targets))
     return model
 

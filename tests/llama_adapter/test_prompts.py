@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import lora
-from lora import LoraError, llama_adapter
+from lora import LoraError, LoraWarning, llama_adapter
 from lora.updates import Prompts
 from tiny_decoders import X, adapted, bits, llama, opened, parts, published, trainable, without
 
@@ -187,6 +188,18 @@ def test_prompts_where_the_base_has_no_values_are_told_of() -> None:
     cpu_offload(later, execution_device=torch.device("cpu"))
     with pytest.raises(LoraError, match="prompts are on the meta device"):
         later(X)
+
+
+def test_a_head_that_nobody_trains_is_named(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    llama().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    with pytest.warns(LoraWarning, match=r"score of .* hold fresh values.*train=\['score'\]"):
+        llama_adapter.inject(model)
+    lora.remove(model)
+    llama_adapter.inject(model, train=["score"])
+    assert "score.lora.default.module.weight" in trainable(model)
 
 
 def test_a_model_without_the_interface_is_refused_by_name() -> None:

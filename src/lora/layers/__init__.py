@@ -18,7 +18,8 @@ from .kind import no_module as no_module
 from .kind import register as register
 from .kind import supported as supported
 from .kind import unregister as unregister
-from .left_out import tell_left_out as tell_left_out
+from .left_out import tell_fresh as tell_fresh
+from .left_out import tell_stacked as tell_stacked
 from .readers import check_fast_path as check_fast_path
 from .readers import never_called as never_called
 from .unreached import Watch as Watch

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..bases import is_quantized
-from ..config import LoraConfig, matches
+from ..config import AdapterConfig, LoraConfig, matches
 from ..errors import LoraWarning
 from .copies import base_parameters
 from .host import base_modules, unwrapped
@@ -18,11 +18,8 @@ from .kind import kind_of
 NOTED = 0.01  # the share of a model's parameters from which it is told that "all-linear" leaves them out
 
 
-def tell_left_out(root: nn.Module, config: LoraConfig, left_in: Callable[[str], bool]) -> None:
-    """Warn of modules whose values are in no checkpoint, and of stacked matrices that "all-linear" passes by.
-
-    `left_in`: whether `exclude`, `layers` and `train` leave a module of that name to `targets`.
-    """
+def tell_fresh(root: nn.Module, config: AdapterConfig) -> None:
+    """Warn of modules whose values are in no checkpoint, and which the adapter does not train."""
     fresh = [name for name in fresh_modules(root) if not matches(config.train, name)]
     if fresh:
         warnings.warn(
@@ -31,6 +28,13 @@ def tell_left_out(root: nn.Module, config: LoraConfig, left_in: Callable[[str], 
             LoraWarning,
             stacklevel=3,
         )
+
+
+def tell_stacked(root: nn.Module, config: LoraConfig, left_in: Callable[[str], bool]) -> None:
+    """Warn of stacked matrices that "all-linear" passes by.
+
+    `left_in`: whether `exclude`, `layers` and `train` leave a module of that name to `targets`.
+    """
     share, kinds = _stacked(root, left_in) if config.targets == "all-linear" else (0.0, [])
     if share >= NOTED:
         warnings.warn(

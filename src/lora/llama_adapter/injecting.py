@@ -9,7 +9,7 @@ from torch import nn
 from ..atomic import alone, whole_or_not
 from ..config import TOP_LAYERS, PromptConfig, check_name
 from ..injection import fresh_parts, install, new_adapter
-from ..layers import attentions
+from ..layers import attentions, tell_fresh
 from ..resident import unwrap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -52,5 +52,6 @@ def inject(
             below = len(there) // 4 if fusion == "early" else 0  # for the features
             config = replace(config, layers=min(TOP_LAYERS, max(1, len(there) - below)))
         adapter = new_adapter(root, name, config)
+        tell_fresh(root, config)
         whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, {}, adapter.config, False), True))
     return model
