@@ -29,10 +29,12 @@ def add_prompt_attention(
         As output, in its dtype. The softmax is computed in fp32 (float64 for float64).
     """
     groups = query.shape[1] // keys.shape[1]
-    keys = keys.to(query.dtype).repeat_interleave(groups, dim=1)
-    wide = values.to(torch.promote_types(values.dtype, torch.float32)).repeat_interleave(groups, dim=1)
-    # Subtracted below: x - 0 is x also where x is -0.0, which x + 0 is not; + 0.0 makes a zero of f such a 0.
-    scaled = (wide * -factors[:, :, None, None] + 0.0).to(query.dtype)
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    keys = keys.to(query.dtype)
+    # -f P_v, in fp32 as f is, to be subtracted: x - 0.0 is x also where x is -0.0, which x + 0.0 is not. Where f is 0,
+    # whatever the signs, this is 0.0 and not -0.0, which it would be as a product.
+    scaled = (0.0 - values * factors[:, :, None, None]).to(query.dtype)
     keys, scaled = keys.expand(len(query), -1, -1, -1), scaled.expand(len(query), -1, -1, -1)
     if mask is not None:
         mask = mask[:, None, None, :]
@@ -43,5 +45,5 @@ def add_prompt_attention(
         scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        added = scores.softmax(-1, dtype=wide.dtype).to(query.dtype) @ scaled
+        added = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ scaled
     return output - added.transpose(1, 2).to(output.dtype)
