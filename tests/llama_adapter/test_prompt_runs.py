@@ -168,6 +168,20 @@ def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any
         recipe_of(Path("base"), tmp_path, **{**defaults, **changes})
 
 
+def test_the_names_of_peft_are_understood(tmp_path: Path) -> None:
+    fields = {
+        "model": "a",
+        "data": "b",
+        "out": "c",
+        "peft_type": "ADAPTION_PROMPT",
+        "adapter_len": 7,
+        "adapter_layers": 3,
+    }
+    with pytest.warns(LoraWarning, match="adapter_len is prompt_length here"):
+        recipe = Recipe.of(**fields)
+    assert (recipe.method, recipe.prompt_length, recipe.layers) == ("llama-adapter", 7, 3)
+
+
 def test_an_estimate_counts_prompts_and_gates(base: Path, tmp_path: Path) -> None:
     found = estimate(recipe_of(base, tmp_path), device="cpu", tokens=16)
     assert found.trainable == 2 * (4 * 32 + 4) and found.parts["prompts and gates"] == 4 * found.trainable

@@ -135,7 +135,13 @@ def trackers(name: str, value: Any) -> Fields:
     return {"track": value if isinstance(value, list) else [part for part in str(value).split(",") if part]}
 
 
-def qlora(name: str, value: Any) -> Fields:
-    if str(value).lower() not in ("lora", "qlora"):
-        raise LoraError(f"{name} is {value!r:.80}; there are lora and qlora")
-    return {"quantize": "nf4"} if str(value).lower() == "qlora" else {}
+def method(name: str, value: Any) -> Fields:
+    """The kind of adapter; qlora is lora on a quantized base."""
+    prompts = {"method": "llama-adapter"}
+    known: dict[str, Fields] = {
+        "lora": {}, "qlora": {"quantize": "nf4"}, "llama-adapter": prompts, "adaption-prompt": prompts,
+    }  # fmt: skip
+    word = str(value).lower().replace("_", "-")
+    if word not in known:
+        raise LoraError(f"{name} is {value!r:.80}; there are lora, qlora and llama-adapter (adaption_prompt)")
+    return known[word]
