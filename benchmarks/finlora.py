@@ -69,7 +69,7 @@ def main() -> None:
         recipe = Recipe.of(
             model=args.model, data=str(work / "train.jsonl"), out=str(work / "adapter"), targets="all-linear",
             r=args.r, alpha=2 * args.r, max_steps=args.steps, batch_size=args.batch_size, lr=args.lr,
-            template="inst", seed=args.seed, check=False,
+            template="inst", seed=args.seed, check=False, group_by_length=True,
         )  # fmt: skip
         start = time.perf_counter()
         run(recipe, console=Console(stderr=True))

@@ -60,7 +60,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(unbroken: Recipe, copy: Re
     "changes",
     [
         {"packing": True, "batch_size": 1, "max_length": 64},
-        {"group_by_length": False},  # three steps are a pass: the run goes on in the second
+        {"group_by_length": True},  # three steps are a pass: the run goes on in the second
         {"optimizer": "adamw_8bit", "r": 128},  # A of 128 x 32 is the smallest that it holds in 8 bits
     ],
     ids=["packs", "end_of_a_pass", "8_bits"],

@@ -112,7 +112,9 @@ class Recipe(_AdapterJob):
         description="How a prompt is written; auto is the tokenizer's chat template, or plain text where it has none.",
     )
     packing: bool = Field(False, description="Fill each row of a batch with several short ones, which do not mix.")
-    group_by_length: bool = Field(True, description="Put rows of like length into one batch: less padding.")
+    group_by_length: bool = Field(
+        False, description="Put rows of like length into one batch: less padding, and somewhat worse answers."
+    )
     max_length: int | None = Field(
         None, ge=2, le=_MOST, description="Longest row in tokens [default: what the model takes, at most 2048]."
     )
