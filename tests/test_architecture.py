@@ -36,7 +36,7 @@ ROOMS = {
     "merging": "errors bases exact layers resident atomic",
     "activation": "errors config exact layers resident atomic merging",
     "injection": "errors config bases layers targets resident atomic",
-    "llama_adapter": "errors config updates layers resident atomic injection lora",
+    "llama_adapter": "errors config updates layers targets resident atomic injection lora",
     "saving": "errors config files bases layers resident atomic activation",
     "loading": "errors config files bases updates layers targets resident atomic injection saving",
     "integrations": "errors files bases updates layers resident merging activation saving loading lora",
@@ -52,7 +52,7 @@ TOO_LONG: dict[str, str] = {}  # what, and why it stays whole
 
 # Files that name a kind, an update or a format that is not of their room, and what for.
 NAMED_ELSEWHERE = {
-    "config.py": {"dora": "a setting: the short form of update='dora'"},
+    "config.py": {"dora": "a setting: the short form of update='dora'", "affine": "what train_bias puts on linears"},
     "files/settings.py": {"dora": "PEFT has a key for it, use_dora"},
     "files/description.py": {"DoRA": "the same key, shown"},
     "files/header.py": {"int8": "a dtype"},

@@ -119,6 +119,11 @@ class AdapterConfig:
     train: list[str]
     bias: str
 
+    @property
+    def matrices(self) -> "LoraConfig | None":
+        """What it has on linears and other matrices; None: nothing."""
+        raise NotImplementedError
+
 
 TOP_LAYERS = 30
 """Of a LLaMA-Adapter where nobody says how many: 30 of LLaMA-7B's 32, as published."""
@@ -136,6 +141,7 @@ class PromptConfig(AdapterConfig):
         features: [tokens, dim] of the features that each row of a batch comes with; None: the adapter reads none.
         fusion: where they enter. "late": a vector for each row, added to the prompts (arXiv:2303.16199). "early":
             tokens in all layers below those with prompts (arXiv:2304.15010).
+        train_bias: a scale and a bias for the output of each linear but the head (arXiv:2304.15010).
 
     Raises:
         LoraError: with every field that is wrong.
@@ -147,6 +153,7 @@ class PromptConfig(AdapterConfig):
     train: list[str] = field(default_factory=list)
     features: list[int] | None = None
     fusion: str = "late"
+    train_bias: bool = False
     bias = "none"  # of all such adapters: no field
 
     def __post_init__(self) -> None:
@@ -161,8 +168,14 @@ class PromptConfig(AdapterConfig):
             wrong.append(f"features: got {sizes!r}; [tokens, dim] of the features of one row, or None")
         if self.fusion not in ("late", "early") or (self.fusion == "early" and sizes is None):
             wrong.append(f"fusion: got {self.fusion!r}; 'late', or 'early' beside features=[tokens, dim]")
+        if not isinstance(self.train_bias, bool):
+            wrong.append(f"train_bias: got {self.train_bias!r}; True or False")
         if wrong:
             raise LoraError("\n".join(wrong))
+
+    @property
+    def matrices(self) -> "LoraConfig | None":
+        return LoraConfig(r=1, targets="all-linear", train=self.train, update="affine") if self.train_bias else None
 
 
 @dataclass(frozen=True)
@@ -248,6 +261,10 @@ class LoraConfig(AdapterConfig):
         None, "Short for update=dora (arXiv:2402.09353).",
         _unless(lambda value: value is None or isinstance(value, bool), "True or False"), peft="use_dora", maths=9,
     )  # fmt: skip
+
+    @property
+    def matrices(self) -> "LoraConfig":
+        return self
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train"):  # tuples and sets are as good as lists

@@ -84,6 +84,8 @@ def _filled(
     notes: Notes = []
     if isinstance(config, LoraConfig):
         targets, config, notes = _targets(root, file, config)
+    elif config.matrices is not None:
+        targets = select(root, config.matrices)
     parts = fresh_parts(root, targets, config, loading=True)
     copies = _check_shapes(root, file, _wanted(parts, names))
     tensors = file.tensors()

@@ -14,13 +14,14 @@ PROMPT, GATE = ".adaption_prompt", ".adaption_gate"
 # Our fields by their keys. PEFT has no word for a gate of each head, and its own gate is one for each layer.
 KEYS = {
     "layers": "adapter_layers", "prompt_length": "adapter_len", "gate": "lora_gate", "train": "modules_to_save",
-    "features": "lora_features", "fusion": "lora_fusion",
+    "features": "lora_features", "fusion": "lora_fusion", "train_bias": "lora_train_bias",
 }  # fmt: skip
 _ABSENT: dict[str, Any] = {
     "gate": "layer",
     "train": [],
     "features": None,
     "fusion": "late",
+    "train_bias": False,
 }  # what a file means that has no such key
 _MOST_FEATURES = 10_000_000
 _MOST = {"adapter_layers": 10_000, "adapter_len": 1_000_000}
@@ -87,7 +88,7 @@ def config_digest(config: dict[str, Any]) -> str:
     """What of adapter_config.json gives the tensors their meaning; the two files of a save belong together by it."""
     absent = {KEYS[ours]: value for ours, value in _ABSENT.items()}
     held = {key: config.get(key) for key in sorted(KEYS.values())}
-    later = {KEYS[ours] for ours in ("features", "fusion")}  # settings that older files know nothing of
+    later = {KEYS[ours] for ours in ("features", "fusion", "train_bias")}  # settings that older files know nothing of
     values = ["ADAPTION_PROMPT", *([k, v] for k, v in held.items() if k not in later or v not in (None, absent[k]))]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -101,4 +102,5 @@ def words(found: dict[str, Any], where: str) -> str:
     if config.features is not None:
         where = "to the prompts" if config.fusion == "late" else "in the layers below"
         reads = f", {config.features[0]} x {config.features[1]} features of each row added {where}"
-    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}{reads}{whole}"
+    more = f"{reads}{', a scale and a bias for each linear' if config.train_bias else ''}{whole}"
+    return f"LLaMA-Adapter, {config.prompt_length} prompts in the top {config.layers} layers, {gate}{more}"

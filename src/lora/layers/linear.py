@@ -26,11 +26,21 @@ class LoraLinear(LoraLayer):
         refuse_replica(self)
         path, _ = plan(self, adapters, x)
         if path == "plain":
-            return _plain(self, adapters, x)
-        if path == "apart":
-            return _apart(self, adapters, x)
-        group: groups.Group | None = adapters.group if path == "fused" else None
-        return groups.compute([self], x)[0] if group is None else group.collect(self, x)
+            y = _plain(self, adapters, x)
+        elif path == "apart":
+            y = _apart(self, adapters, x)
+        else:
+            group: groups.Group | None = adapters.group if path == "fused" else None
+            y = groups.compute([self], x)[0] if group is None else group.collect(self, x)
+        return _shifted(y, self, adapters) if adapters.scaled else y
+
+
+def _shifted(y: Tensor, host: nn.Module, adapters: Any) -> Tensor:
+    """What updates with an output scale add to the bias. Taken away negated: y - 0 is y also where y is -0.0."""
+    for term in adapters.terms:
+        if (shift := term.shift(host._parameters["bias"])) is not None:
+            y = y - (0.0 - shift).to(y.device, y.dtype)
+    return y
 
 
 def _plain(host: nn.Module, adapters: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import exact
 from ..bases import FrozenWeight, brought, keeps_forward, other_quantizer, weight_of
-from ..config import AdapterConfig, LoraConfig
+from ..config import AdapterConfig
 from ..errors import LoraError
 from ..exact import How, MergedModule
 from ..ops import scale_output
@@ -81,9 +81,9 @@ class MatrixKind(Kind):
     @classmethod
     def parts(cls, root: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, loading: bool) -> list[Part]:
         """A fresh update for each target of this kind, with a bias of its own where the config trains biases."""
-        if not isinstance(config, LoraConfig):
+        if (own := config.matrices) is None:
             return []
-        update, parts = update_named(config.update), []
+        update, parts = update_named(own.update), []
         for name, module in targets.items():
             if kind_of(module) is not cls:
                 continue
@@ -93,11 +93,11 @@ class MatrixKind(Kind):
                     "adapter's train=[...] or bias='all')"
                 )
             weight: Any = cls.weight(module)
-            init = None if loading else config.init
-            start = Start(config.rank(name), config.scaling(name), config.dropout, init, cls.zero)
+            init = None if loading else own.init
+            start = Start(own.rank(name), own.scaling(name), own.dropout, init, cls.zero)
             part = update.fresh(weight, start)
             bias = module._parameters.get("bias")
-            if config.bias != "none" and bias is not None:
+            if own.bias != "none" and bias is not None:
                 device = part.pairs()[0][0].device
                 with brought(module):
                     values = torch.empty(bias.shape) if loading else module.get_parameter("bias").detach()
@@ -112,9 +112,15 @@ class MatrixKind(Kind):
     @classmethod
     def line(cls, part: Update) -> Line:
         A, B, _ = part.pairs()[0]
-        return Line((B.shape[0], A.shape[1]), part.r, sum(p.numel() for p in part.parameters()), part.note)
+        r = part.r if part.shift(None) is None else None
+        return Line((B.shape[0], A.shape[1]), r, sum(p.numel() for p in part.parameters()), part.note)
 
     def check_merge(self, name: str, host: nn.Module, into: str | None) -> None:
+        if any(term.shift(None) is not None for term in self.terms):
+            raise LoraError(
+                f"model: {', '.join(self.active)} adds to the bias of {name!r} beside a scale, which is not merged; "
+                "lora.activate other adapters alone to merge these"
+            )
         exact.check_into(name, self.frozen, into)
         weight = self.frozen.parameter
         if weight.is_meta:

@@ -7,17 +7,20 @@ from typing import TypeVar
 from torch import nn
 
 from ..atomic import alone, whole_or_not
-from ..config import TOP_LAYERS, PromptConfig, check_name
+from ..config import TOP_LAYERS, PromptConfig, check_name, matches
+from ..errors import LoraError
 from ..injection import fresh_parts, install, new_adapter
-from ..layers import attentions, tell_fresh
+from ..layers import attentions, base_modules, tell_fresh
 from ..resident import unwrap
+from ..targets import select
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def inject(
     model: ModelT, layers: int | None = None, prompt_length: int = 10, name: str = "default", *, gate: str = "head",
-    train: Sequence[str] = (), features: Sequence[int] | None = None, fusion: str = "late",
+    train: Sequence[str] = (), features: Sequence[int] | None = None, fusion: str = "late", train_norms: bool = False,
+    train_bias: bool = False,
 ) -> ModelT:  # fmt: skip
     """Give the model a new LLaMA-Adapter (arXiv:2303.16199), freeze the base, make the adapter act alone.
 
@@ -33,6 +36,8 @@ def inject(
         fusion: "late", a projection to one vector a row, added to the prompts of every adapted layer; or "early"
             (arXiv:2304.15010), a small transformer to prompt_length tokens a row, for all layers below those that have
             prompts.
+        train_norms, train_bias: as the second version has it (arXiv:2304.15010): train the model's norms, in copies as
+            `train` makes them, and a scale and a bias for the output of each linear but the head.
         gate: "head", one for each head, through tanh; or "layer", one for all heads of a layer, without, as PEFT's.
 
     Returns:
@@ -47,11 +52,25 @@ def inject(
     with alone():
         check_name(name)
         sizes = None if features is None else list(features)
-        config, there = PromptConfig(layers, prompt_length, gate, list(train), sizes, fusion), attentions(root)
+        whole = [*train, *(norms(root) if train_norms else ())]
+        config, there = PromptConfig(layers, prompt_length, gate, whole, sizes, fusion, train_bias), attentions(root)
         if layers is None:
             below = len(there) // 4 if fusion == "early" else 0  # for the features
             config = replace(config, layers=min(TOP_LAYERS, max(1, len(there) - below)))
         adapter = new_adapter(root, name, config)
         tell_fresh(root, config)
-        whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, {}, adapter.config, False), True))
+        linears = {} if config.matrices is None else select(root, config.matrices)
+        whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, linears, config, False), True))
     return model
+
+
+def norms(root: nn.Module) -> list[str]:
+    """The ends of the names of the model's norms; the full names where other modules end so too."""
+    modules = {name: module for name, module in base_modules(root) if name}
+    found = [
+        n for n, m in modules.items() if "norm" in type(m).__name__.lower() and not [*m.children()] and m._parameters
+    ]
+    if not found:
+        raise LoraError(f"train_norms: {type(root).__name__} has no norm with a weight to train; leave it out")
+    short = sorted({name.rpartition(".")[2] for name in found})
+    return short if {name for name in modules if matches(short, name)} == set(found) else found

@@ -1,5 +1,6 @@
 """Updates: what an adapter holds on a host. One file each; `LoraConfig.update` names them."""
 
+from .affine import Affine as Affine
 from .dora import DoRA as DoRA
 from .features import Condition as Condition
 from .features import encoder as encoder

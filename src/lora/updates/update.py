@@ -68,6 +68,11 @@ class Update(nn.Module):
         1 in the rows that act with 1."""
         return None
 
+    def shift(self, bias: Tensor | None) -> Tensor | None:
+        """What it adds to the host's bias (out,), fp32, beside a `bias` of its own; None where it adds nothing. What
+        it adds is not merged."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it. The kind of host has keys for "A", "B" and "bias"; other names are keys already."""
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
