@@ -122,11 +122,10 @@ class AdapterConfig:
     @property
     def matrices(self) -> "LoraConfig | None":
         """What it has on linears and other matrices; None: nothing."""
-        raise NotImplementedError
+        return self if isinstance(self, LoraConfig) else None
 
 
-TOP_LAYERS = 30
-"""Of a LLaMA-Adapter where nobody says how many: 30 of LLaMA-7B's 32, as published."""
+TOP_LAYERS = 30  # of a LLaMA-Adapter where nobody says how many: of LLaMA-7B's 32, as published
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,11 @@ class PromptConfig(AdapterConfig):
     """The settings of a LLaMA-Adapter (arXiv:2303.16199).
 
     Args:
-        layers: how many of the attentions it goes to, from the top; None: 30, or all where there are fewer.
-        prompt_length: learned prompts in each.
+        layers, prompt_length: how many attentions, from the top (None: 30, or all of fewer); learned prompts in each.
         gate: one for each "head", through tanh, as published; or one for each "layer", without, as PEFT has it.
         train: names of modules to train whole and save with the adapter.
         features: [tokens, dim] of the features that each row of a batch comes with; None: the adapter reads none.
-        fusion: where they enter. "late": a vector for each row, added to the prompts (arXiv:2303.16199). "early":
-            tokens in all layers below those with prompts (arXiv:2304.15010).
+        fusion: "late", a vector a row added to the prompts; "early", tokens in all layers below (arXiv:2304.15010).
         train_bias: a scale and a bias for the output of each linear but the head (arXiv:2304.15010).
 
     Raises:
@@ -157,21 +154,19 @@ class PromptConfig(AdapterConfig):
     bias = "none"  # of all such adapters: no field
 
     def __post_init__(self) -> None:
-        counts = {"layers": 1 if self.layers is None else self.layers, "prompt_length": self.prompt_length}
-        wrong = [f"{name}: got {n!r}; a whole number of at least 1" for name, n in counts.items() if not _is_rank(n)]
-        if not _is_names(self.train):
-            wrong.append(f"train: got {self.train!r}; a list of module names, such as ['score']")
-        if self.gate not in ("head", "layer"):
-            wrong.append(f"gate: got {self.gate!r}; 'head' or 'layer'")
-        sizes = self.features
-        if sizes is not None and not (isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_rank, sizes))):
-            wrong.append(f"features: got {sizes!r}; [tokens, dim] of the features of one row, or None")
-        if self.fusion not in ("late", "early") or (self.fusion == "early" and sizes is None):
-            wrong.append(f"fusion: got {self.fusion!r}; 'late', or 'early' beside features=[tokens, dim]")
-        if not isinstance(self.train_bias, bool):
-            wrong.append(f"train_bias: got {self.train_bias!r}; True or False")
-        if wrong:
-            raise LoraError("\n".join(wrong))
+        sizes, whole = self.features, "a whole number of at least 1"
+        pair = isinstance(sizes, list) and len(sizes) == 2 and all(map(_is_rank, sizes))
+        fits = {
+            "layers": (self.layers is None or _is_rank(self.layers), whole),
+            "prompt_length": (_is_rank(self.prompt_length), whole),
+            "train": (_is_names(self.train), "a list of module names, such as ['score']"),
+            "gate": (self.gate in ("head", "layer"), "'head' or 'layer'"),
+            "features": (sizes is None or pair, "[tokens, dim] of the features of one row, or None"),
+            "fusion": (self.fusion in ("late", "early")[: 1 + pair], "'late'; or 'early' beside features"),
+            "train_bias": (isinstance(self.train_bias, bool), "True or False"),
+        }
+        if wrong := {name: allowed for name, (fit, allowed) in fits.items() if not fit}:
+            raise LoraError("\n".join(f"{name}: got {getattr(self, name)!r}; {wrong[name]}" for name in wrong))
 
     @property
     def matrices(self) -> "LoraConfig | None":
@@ -261,10 +256,6 @@ class LoraConfig(AdapterConfig):
         None, "Short for update=dora (arXiv:2402.09353).",
         _unless(lambda value: value is None or isinstance(value, bool), "True or False"), peft="use_dora", maths=9,
     )  # fmt: skip
-
-    @property
-    def matrices(self) -> "LoraConfig":
-        return self
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "train"):  # tuples and sets are as good as lists
