@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lora
 from lora import LoraError, llama_adapter
+from lora.layers import hosts
 from tiny_decoders import X, adapted, bits, opened, parts
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "pad_token_id": 0}
@@ -164,6 +165,21 @@ GEMMA3N = {
     "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 1,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
 }  # fmt: skip
+
+
+def test_of_a_model_that_sees_the_language_model_alone_has_prompts() -> None:
+    text = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config={**sees, "image_size": 28, "patch_size": 14})
+    ).eval()
+    before = model(X).logits
+    llama_adapter.inject(model, layers=2)
+    assert torch.equal(bits(model(X).logits), bits(before))
+    names = [name for name, _, _ in hosts(model)]
+    assert names == [f"model.language_model.layers.{i}.self_attn" for i in (1, 2)]
+    assert not torch.equal(opened(model)(X).logits, before)
 
 
 def test_an_attention_function_that_would_pass_by_is_refused_when_it_is_asked_for() -> None:

@@ -126,6 +126,18 @@ def test_packed_rows_are_as_they_are_alone(model: Any) -> None:
     assert gradient[0, :5].abs().max() == 0 and gradient[0, 5:].abs().max() > 0
 
 
+@pytest.mark.slow  # transformers' manager takes its time
+def test_continuous_batching(model: Any) -> None:
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=-1, num_blocks=16, block_size=32, max_batch_tokens=64
+    )
+    found = model.generate_batch([row.tolist() for row in X], generation_config=settings)
+    new = sorted(each.generated_tokens for each in found.values())
+    assert new == sorted(written(model, X)[:, X.shape[1] :].tolist())
+
+
 # Another adapter for each row.
 
 
