@@ -153,13 +153,13 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """BLEU of each side and base: a dot a seed, a line at the mean."""
+    """BLEU of each side and base after one pass, rows as they come: a dot a seed, a line at the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = [row for row in rows if row["chosen"] == "1"]
+    chosen = [row for row in rows if (row["chosen"], row["passes"], row["grouped"]) == ("1", "1", "0")]
     bases = list(dict.fromkeys(row["base"] for row in chosen))
     figure, axes = plt.subplots(1, len(bases), figsize=(5 * len(bases), 3.6), sharey=True, squeeze=False)
     for axis, base in zip(axes[0], bases, strict=True):

@@ -68,7 +68,7 @@ import torch
 from lora.train import run
 from tiny_run import recipe_of, same
 
-base, folder = map(Path, sys.argv[1:])
+base, folder, room = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 rows = folder / "long.jsonl"
 rows.write_text("".join(json.dumps({"text": f"{n} " * 200}) + "\\n" for n in range(64)))
 fields = {"data": str(rows), "batch_size": 16, "max_length": 128, "max_steps": 3, "dtype": "fp32"}
@@ -78,32 +78,37 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 torch.ones(1, device="cuda")
 total = torch.cuda.get_device_properties(0).total_memory
 
-def capped(mib):
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + mib * 2**20) / total)
-
-capped(96)
-out = run(recipe_of(base, folder, **fields)).out
-micro = json.loads((out / "run.json").read_text())["micro_batch"]
-capped(2)
+torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**20) / total)
 try:
-    run(recipe_of(base, folder, **{**fields, "out": str(folder / "none")}))
+    out = run(recipe_of(base, folder, **fields)).out
 except OutOfMemoryError as error:
     print("REFUSED", error)
+    sys.exit()
+micro = json.loads((out / "run.json").read_text())["micro_batch"]
 torch.cuda.set_per_process_memory_fraction(1.0)
 small = {**fields, "batch_size": micro, "grad_accum": 16 // micro, "out": str(folder / "small")}
 print("MICRO", micro, "SAME", same(out, run(recipe_of(base, folder, **small)).out))
 """
 
 
-def test_memory_that_runs_out_halves_the_micro_batch_and_the_run_goes_on(base: Path, tmp_path: Path) -> None:
-    """In a process of its own, whose memory is capped: the logits of 16 rows are 64 MiB, and there are several."""
+def with_room(base: Path, folder: Path, mib: int) -> subprocess.CompletedProcess[str]:
+    """The run in a process of its own, which may take so many MiB of the card's memory."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    command = [sys.executable, "-c", RUNS_OUT, str(base), str(tmp_path)]
+    command = [sys.executable, "-c", RUNS_OUT, str(base), str(folder), str(mib)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_memory_that_runs_out_halves_the_micro_batch_and_the_run_goes_on(base: Path, tmp_path: Path) -> None:
+    """The logits of 16 rows are 64 MiB, and there are several of them."""
+    done = with_room(base, tmp_path, 200)
     assert "out of memory; from here on" in done.stderr
-    assert "REFUSED" in done.stdout
-    micro, equal = re.search(r"MICRO (\d+) SAME (\w+)", done.stdout).groups()
-    assert int(micro) < 16
-    assert equal == "True"
+    found = re.search(r"MICRO (\d+) SAME (\w+)", done.stdout)
+    assert found is not None, done.stdout
+    assert int(found[1]) < 16
+    assert found[2] == "True"
+
+
+def test_memory_that_is_not_enough_for_one_row_is_told(base: Path, tmp_path: Path) -> None:
+    assert "REFUSED" in with_room(base, tmp_path, 4).stdout

@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import LoraError
 from .columns import ADAPTER, as_column
 
+_ROWS = {"sample_len": "rows"}  # what it calls the number of a task's rows
+
 
 def check_harness() -> None:
     """Raises `LoraError` where lm-eval is not installed."""
@@ -45,7 +47,7 @@ def run_harness(
     except (KeyError, ValueError) as error:  # how it says that a task is unknown
         raise LoraError(f"lm-eval: {', '.join(tasks)} could not be run: {error}") from error
     return {
-        (task, metric): float(value)
+        (task, _ROWS.get(metric, metric)): float(value)
         for task, found in results.items()
         for metric, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
