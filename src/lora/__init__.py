@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .loading import load as load
     from .merging import merge as merge
     from .merging import unmerge as unmerge
+    from .preparation import param_groups as param_groups
     from .preparation import prepare as prepare
     from .report import summary as summary
     from .saving import save as save
@@ -30,8 +31,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LoraConfig": "config", "LoraError": "errors", "LoraWarning": "errors", "activate": "activation",
-    "disabled": "activation", "inject": "injection", "load": "loading", "merge": "merging", "prepare": "preparation",
-    "remove": "activation", "save": "saving", "steady": "atomic", "summary": "report", "unmerge": "merging",
+    "disabled": "activation", "inject": "injection", "load": "loading", "merge": "merging",
+    "param_groups": "preparation", "prepare": "preparation", "remove": "activation", "save": "saving",
+    "steady": "atomic", "summary": "report", "unmerge": "merging",
 }  # fmt: skip
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (the names are those of _HOME)
 

@@ -1,5 +1,6 @@
-"""prepare: what a large or quantized model needs before it is trained."""
+"""prepare, param_groups: what a large or quantized model needs before it is trained, and what its optimizer does."""
 
+import math
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from .atomic import alone, whole_or_not
 from .bases import is_quantized, weight_of
 from .errors import LoraError
+from .layers import hosts
 from .layers.frozen import model_dtype
 from .layers.host import base_modules, submodule
 from .ops.offload import Offload
@@ -99,6 +101,50 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
                     tensor.data = tensor.data.to(dtype)
     if _cast_input not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_cast_input, with_kwargs=True)
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, lora_plus: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """What trains, in groups for an optimizer: `AdamW(lora.param_groups(model, lr=1e-4, lora_plus=16))`.
+
+    LoRA+ (Hayou et al., 2024, arXiv:2402.12354): B learns at a multiple of A's rate, since an element of A x sums over
+    the input's features and one of B h over the rank. The A of an embedding is looked up and sums nothing, so both its
+    halves keep one rate, as everything else that trains does.
+
+    Args:
+        lr: the rate of A and of all that is no B.
+        lora_plus: the rate of B, as a multiple of lr; 1 is LoRA.
+        weight_decay: of matrices and tables; biases, gains, gates and other vectors have none.
+
+    Returns:
+        Groups with "name" ("A", "B", "matrices", "vectors"), "params", "lr" and "weight_decay", those alone that hold
+        something. Each parameter with `requires_grad` is in one of them, once; those of adapters that are idle too.
+
+    Raises:
+        LoraError: a number that is none of these, or nothing trains.
+    """
+    for label, value, least in (("lr", lr, 0), ("lora_plus", lora_plus, 0), ("weight_decay", weight_decay, -1)):
+        sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not sound or not (value > least and value >= 0):
+            raise LoraError(f"{label}: got {value!r}; a finite number {'of at least' if least else 'above'} 0")
+    root = unwrap(model)
+    halves: dict[int, str] = {}
+    for _, _, adapters in hosts(root):
+        for name in adapters.records if adapters.halved else ():
+            halves |= {id(tensor): half for half, tensor in adapters[name].tensors().items() if half in ("A", "B")}
+    found: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "matrices": [], "vectors": []}
+    for parameter in root.parameters():
+        if parameter.requires_grad:
+            plain = "matrices" if sum(size > 1 for size in parameter.shape) > 1 else "vectors"
+            found[halves.get(id(parameter), plain)].append(parameter)
+    if not any(found.values()):
+        raise LoraError("model: none of its parameters trains; lora.inject it, or lora.load(..., trainable=True)")
+    return [
+        {"name": name, "params": parameters, "lr": lr * (lora_plus if name == "B" else 1),
+         "weight_decay": 0.0 if name == "vectors" else weight_decay}
+        for name, parameters in found.items() if parameters
+    ]  # fmt: skip
 
 
 def prepared(root: nn.Module) -> str:

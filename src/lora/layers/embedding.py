@@ -47,6 +47,7 @@ class EmbeddingAdapters(MatrixKind):
     role = "embedding"
     keys: ClassVar[dict[str, str]] = {"A": "lora_embedding_A", "B": "lora_embedding_B"}
     zero = "A"
+    halved = False  # A is looked up, and sums nothing
 
     @classmethod
     def check(cls, model: nn.Module, name: str, module: nn.Module) -> None:

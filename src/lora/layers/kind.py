@@ -44,6 +44,7 @@ class Kind(Adapters):
     all_linear: ClassVar[bool] = False  # whether targets="all-linear" means its modules
     by_targets: ClassVar[bool] = True  # whether a part is on a module because `targets` picked it
     weight_is_seen: ClassVar[bool] = False  # whether who reads host.weight, and does not call the host, sees what acts
+    halved: ClassVar[bool] = False  # whether a part is an update whose A sums over many features and whose B over few
     by_row: ClassVar[bool] = False  # whether each row of a batch may have the part of another adapter
     group: Any = None  # the hosts that are computed together with this one, where there are any
     quantization: str | None = None  # how the host's weight is quantized, where it is

@@ -22,6 +22,7 @@ class MatrixKind(Kind):
 
     role: ClassVar[str]  # which frozen weights are of this kind: `FrozenWeight.role`
     keys: ClassVar[dict[str, str]]  # names in a file of the update's A and B, and of the trained bias
+    halved = True
     zero: ClassVar[str] = "B"  # the half of a fresh update that is zero
     terms: tuple[Update, ...]
     scaled: bool = False  # whether an acting update has an output scale
