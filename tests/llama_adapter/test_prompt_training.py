@@ -213,5 +213,5 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_have_the_gradient_of_both_batches(model: Any, tmp_path: Path) -> None:
-    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     assert same(torch.load(tmp_path / "gradients"), gradients(model), 1e-4)

@@ -108,6 +108,14 @@ def test_copies_and_pickles_compute_the_same(model: Any) -> None:
         assert not torch.equal(twin(X).logits, wanted) and torch.equal(model(X).logits, wanted)
 
 
+def test_the_config_that_a_host_shows_is_the_models_in_all_but_one_name(model: Any) -> None:
+    seen, real = model.model.layers[2].self_attn.config, model.config
+    assert seen.hidden_size == real.hidden_size and seen._attn_implementation != real._attn_implementation
+    assert copy.deepcopy(seen).head_dim == real.head_dim
+    lora.activate(model, None)
+    assert model.model.layers[2].self_attn.config is real
+
+
 def test_a_state_dict_goes_from_one_model_to_another(model: Any) -> None:
     other = llama_adapter.inject(llama(), layers=2, prompt_length=5)
     other.load_state_dict(model.state_dict())

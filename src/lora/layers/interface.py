@@ -40,6 +40,8 @@ class Seen:
         self._real = config
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_real":  # while it is being copied
+            raise AttributeError(name)
         return getattr(self._real, name)
 
 
