@@ -1,4 +1,4 @@
-"""Instruction tuning of the small model that ships, at one budget: LLaMA-Adapter and its second version, LoRA, all weights.
+"""Instruction tuning of the small model that ships, at one budget: LLaMA-Adapter, its version 2, LoRA, all weights.
 
     python examples/llama_adapter/instructions.py                     # some minutes on two cores
     python examples/llama_adapter/instructions.py --data alpaca.json  # on rows of your own: instruction, input, output

@@ -138,6 +138,19 @@ def test_a_cache_has_nothing_of_the_features_before(model: Any) -> None:
     assert torch.allclose(again, logits(model, FEATURES.flip(0), one), atol=1e-5)
 
 
+def test_a_step_of_a_generation_sees_the_features_of_its_own_block(model: Any) -> None:
+    """The keys and values that are kept with a cache are of the features that made them."""
+    steps = []
+    with torch.no_grad():
+        for features in (FEATURES, FEATURES.flip(0)):
+            with condition(model, FEATURES):
+                cache = model(X[:, :-1], use_cache=True).past_key_values
+            with condition(model, features):
+                steps.append(model(X[:, -1:], past_key_values=cache).logits)
+    assert torch.allclose(steps[0], logits(model)[:, -1:], atol=1e-5)
+    assert not torch.allclose(steps[1], steps[0], atol=1e-3)
+
+
 def gradients(model: Any, **settings: Any) -> dict[str, Tensor]:
     model.train()
     model.zero_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 import lora
 from lora import LoraError, llama_adapter
 from lora.files.description import describe
+from lora.layers.linear import _shifted
 from lora.llama_adapter import condition
 from small_adapter import CONFIG, TENSORS
 from tiny_decoders import X, bits, llama
@@ -75,6 +76,14 @@ def test_a_linear_is_scaled_and_shifted(bias: bool) -> None:
     gradient = torch.autograd.grad(host(x).square().sum(), [part.scale, part.added])
     expected = torch.autograd.grad(wanted.square().sum(), [part.scale, part.added])
     assert all(torch.allclose(g, e, rtol=1e-3, atol=1e-3) for g, e in zip(gradient, expected, strict=True))
+
+
+def test_a_fresh_shift_keeps_a_negative_zero() -> None:
+    model = second(llama(attention_bias=True))
+    host, zeros = model.model.layers[0].self_attn.q_proj, torch.full((2, 32), -0.0)
+    for bias in (1.0, -1.0):
+        host.bias.data.fill_(bias)
+        assert same(_shifted(zeros, host, host.lora), zeros)
 
 
 def test_what_trains() -> None:
