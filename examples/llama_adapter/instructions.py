@@ -26,7 +26,7 @@ MODEL = ROOT / "examples" / "tiny-llama-8m"
 E2E = ROOT / "examples" / "e2e"
 BATCH, WARM_UP, LONGEST = 8, 10, 256
 # Each the best of the rates that docs/llama_adapter.md lists, by held-out loss after 80 steps (seed 0).
-RATES = {"llama-adapter": 5e-2, "llama-adapter-v2": 1e-2, "lora": 3e-3, "full": 1e-3}
+RATES = {"llama-adapter": 2e-1, "llama-adapter-v2": 3e-2, "lora": 3e-3, "full": 1e-3}
 
 
 class Row(NamedTuple):
