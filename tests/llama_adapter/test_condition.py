@@ -173,6 +173,23 @@ def test_checkpointed_layers_give_the_encoder_its_gradient(model: Any, reentrant
     assert all(torch.allclose(found[n], plain[n], atol=1e-5) for n in plain)
 
 
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_code_reads_the_features_of_each_block(model: Any, more: bool) -> None:
+    if more:
+        fusion = "early" if parts(model)[0].prompts is None else "late"
+        lora.remove(model)
+        settings = {"features": (TOKENS, DIM), "fusion": fusion, "train_norms": True, "train_bias": True}
+        llama_adapter.inject(model, 2, 5, **settings)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for features in (FEATURES, FEATURES.flip(0)):
+        wanted = logits(model, features)
+        with condition(compiled, features):
+            assert torch.allclose(compiled(X).logits, wanted, atol=1e-5)
+            compiled(X, labels=X).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_a_gradient_reaches_who_made_the_features(model: Any) -> None:
     features = FEATURES.clone().requires_grad_()
     with condition(model, features):
