@@ -102,6 +102,14 @@ def test_no_memory_for_the_optimizer_ends_the_run_with_what_to_do(
         assert same(resumed, run(recipe_of(base, tmp_path, out=str(tmp_path / "unbroken"))).out)
 
 
+def test_rows_of_like_length_share_a_micro_batch() -> None:
+    rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 9, 4, 8, 5)]
+    lengths = [[len(row["input_ids"]) for row in part] for part in MicroBatches(2).cut(rows)]
+    assert lengths == [[9, 8], [5, 4], [3]]
+    packs = [rows[:2], rows[2:4], rows[4:]]  # 12, 12 and 5 tokens
+    assert MicroBatches(1, parts=2).cut(packs) == [[[rows[1]]], [[rows[3]]], [[rows[4]]], [[rows[2]]], [[rows[0]]]]
+
+
 def test_other_errors_are_left_alone() -> None:
     assert out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
