@@ -204,7 +204,7 @@ def test_rows_that_do_not_fit_are_told_of(three: Any) -> None:
     before = three(X).logits
     for names, words in (
         (["a", "c"], "'c' is not there"), (["a", "low"], "'low' trains more than prompts"), ([], "a list of a name"),
-        ("ab", "a list of a name"),
+        ("ab", "a list of a name"), (None, "names: got None"), (2, "names: got 2"),
     ):  # fmt: skip
         with pytest.raises(LoraError, match=words), llama_adapter.rows(three, names):
             pass

@@ -64,16 +64,20 @@ class PromptAdapters(Kind):
         hidden: Tensor = given[self.way.names[0]]  # (batch, length, hidden)
         kept = room(host, given.get("past_key_values"), hidden.shape[1])
         found = []
-        for term in self.terms:
-            made = None if kept is None else kept.get(term.serial)
-            if made is None or len(made[0]) not in (1, len(hidden)):
+        for name, term in zip(self.active, self.terms, strict=True):
+            held = None if kept is None else kept.get(name)
+            if held is not None and held[0] is term.stamp and len(held[1]) in (1, len(hidden)):
+                made = held[1:]
+            else:
                 made = interface.keys_and_values(host, self.way, given, term.inputs(hidden))
-            if kept is not None:
-                kept[term.serial] = made
+                if kept is not None:
+                    kept[name] = (term.stamp, *made)
             found.append(interface.Prompted(*made, term.factors()))
         return tuple(found) if self.rows is None else self.rows.choose(found, len(hidden))
 
     def acts(self, host: nn.Module) -> None:
+        for term in self.terms:
+            term.change()  # what acts on the projections may be another
         self.rows = None
         if self.row_names is not None:
             index = [self.active.index(name) if name in self.active else -1 for name in self.row_names]

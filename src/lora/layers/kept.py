@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Room = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values by the serial number of the prompts that they were made of."""
+Room = dict[str, tuple[Tensor, Tensor, Tensor]]
+"""By adapter: the stamp of the prompts that they were made of, keys and values."""
 
 
 def room(host: nn.Module, cache: Any, queries: int) -> Room | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import LoraError
+from ..updates import repeats
 from .interface import Prompted
 
 
@@ -26,8 +27,11 @@ class Rows:
         if not found:
             return ()
         rows = len(self.index)
-        if batch % rows:
-            raise LoraError(f"rows: {rows} rows are told of, and the batch has {batch}; one name or None for each row")
+        if batch % rows or not (torch.compiler.is_compiling() or batch == rows * repeats()):
+            raise LoraError(
+                f"rows: {rows} rows are told of, and the batch has {batch}; one name or None for each row (generation "
+                "repeats them itself, for its beams and num_return_sequences)"
+            )
         index = self.index.repeat_interleave(batch // rows)
         longest = max(each.keys.shape[2] for each in found)
         lengths = torch.tensor([each.keys.shape[2] for each in found], device=index.device)

@@ -17,8 +17,8 @@ from ..resident import acting, activate_all, refuse_merged, resident, unwrap
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Within the block each row of a batch has the adapter of its name, or none; afterwards what acted acts.
 
-    Low-rank adapters that act go on acting on all rows. A batch may be a multiple of the rows, as generation repeats
-    each row for its beams or answers.
+    Low-rank adapters that act go on acting on all rows. Generation repeats each name with its row, for beams and
+    `num_return_sequences`.
 
     Args:
         names: for each row the name of a LLaMA-Adapter, or None for the base.
@@ -48,7 +48,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         for _, host, _ in hosts(root):
             activate_host(host, before.get(host, ()))
 
-    if not len(names) or isinstance(names, str):
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
         raise LoraError(f"names: got {names!r}; a list of a name or None for each row")
     with alone():
         whole_or_not(root, lambda _: enter())

@@ -4,6 +4,7 @@ from .affine import Affine as Affine
 from .dora import DoRA as DoRA
 from .features import Condition as Condition
 from .features import encoder as encoder
+from .features import repeats as repeats
 from .low_rank import LowRank as LowRank
 from .prompts import Prompts as Prompts
 from .update import Change as Change

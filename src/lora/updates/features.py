@@ -118,24 +118,24 @@ class Condition:
             LoraError: the batch has other rows than the features.
         """
         rows = len(self.features)
-        if batch != rows:
-            if not torch.compiler.is_compiling():
-                self.times = _repeats()
-            if batch != rows * self.times:
-                raise LoraError(
-                    f"features: they have {rows} rows, and the batch has {batch}; give one row of features for each "
-                    "row of the batch (generation repeats them itself, for its beams and num_return_sequences)"
-                )
+        if not torch.compiler.is_compiling():
+            self.times = repeats()
+        if batch != rows * self.times and not (torch.compiler.is_compiling() and batch == rows):
+            raise LoraError(
+                f"features: they have {rows} rows, and the batch has {batch}; give one row of features for each "
+                "row of the batch (generation repeats them itself, for its beams and num_return_sequences)"
+            )
         own = next(self.encoder.parameters())
         made: Tensor = self.encoder(self.features.to(own.device, own.dtype))
         return made if batch == rows else made.repeat_interleave(batch // rows, 0)
 
 
-def _repeats() -> int:
+def repeats() -> int:
     """How often the generation that is running, if one is, has repeated each row of its input."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
+        library = frame.f_globals.get("__name__", "").startswith("transformers.")
+        if library and frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
             settings: Any = frame.f_locals["generation_config"]
             counts = [getattr(settings, name, 1) or 1 for name in ("num_beams", "num_return_sequences")]
             return int(max(counts))

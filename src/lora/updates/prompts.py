@@ -3,15 +3,13 @@
 It is no change of a matrix, so it is no `Update`: nothing of it can be merged.
 """
 
-import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
 from .features import Condition, Encoder
-
-_SERIAL = itertools.count()
 
 
 class Prompts(nn.Module):
@@ -39,7 +37,7 @@ class Prompts(nn.Module):
         self.features = None  # of the adapter's lowest layer that reads features, for all of them
         self.gate = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
         self._condition: Condition | None = None
-        self.serial = next(_SERIAL)
+        self.change()
 
     @property
     def condition(self) -> Condition | None:
@@ -48,7 +46,19 @@ class Prompts(nn.Module):
 
     @condition.setter
     def condition(self, value: Condition | None) -> None:
-        self._condition, self.serial = value, next(_SERIAL)  # what was kept of the prompts is of others now
+        self._condition = value
+        self.change()
+
+    def change(self) -> None:
+        """Part from what was kept of the prompts: it has another `stamp`.
+
+        A stamp is a tensor of nothing, told by being the same object: no copy has it, no two adapters do, and code that
+        torch.compile made asks for it without being made anew for each, as for a number.
+        """
+        self.stamp = torch.empty(0, device="cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_condition": None}  # a copy would answer about these features for ever
 
     def reset_(self) -> None:
         """Draw the prompts and what encodes features, and close the gate."""
