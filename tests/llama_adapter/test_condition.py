@@ -263,6 +263,16 @@ def test_wrong_features_are_an_error_by_name(model: Any, features: Any, words: s
         pass
 
 
+def test_features_of_inference_mode_may_be_trained_on(model: Any) -> None:
+    with torch.inference_mode():
+        encoded = FEATURES * 1
+    with condition(model, encoded):
+        model(X, labels=X).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with torch.inference_mode(), condition(model, encoded):
+        assert same(model(X).logits, logits(model))
+
+
 def test_who_reads_the_features_has_to_be_clear(model: Any) -> None:
     plain = adapted(llama())
     with pytest.raises(LoraError, match="no adapters that act read features.*inject"), condition(plain, FEATURES):

@@ -156,6 +156,9 @@ def test_wrong_settings_are_named_and_change_nothing() -> None:
         ({"layers": 2, "prompt_length": 0}, "prompt_length: got 0"),
         ({"gate": "x"}, "gate: got 'x'; 'head' or 'layer'"),
         ({"name": "a/b"}, "name: got 'a/b'"),
+        ({"train": "lm_head"}, "train: got 'lm_head'; a list of module names"),
+        ({"train": 5, "features": 3}, "train: got 5; a list.*\\n.*features: got 3; .tokens, dim."),
+        ({"train_norms": "no"}, "train_norms: got 'no'; True or False"),
     ):
         with pytest.raises(LoraError, match=words):
             llama_adapter.inject(model, **settings)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..atomic import alone, later_interrupts
@@ -73,4 +74,5 @@ def _checked(features: Tensor, wanted: tuple[int, int]) -> Tensor:
         )
     if not bool(features.isfinite().all()):
         raise LoraError("features: they have values that are NaN or infinite")
-    return features
+    # Who encoded under torch.inference_mode() may train on it all the same: autograd takes a copy, and not the tensor.
+    return features if torch.is_inference_mode_enabled() or not features.is_inference() else features.clone()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -51,9 +51,13 @@ def inject(
     root = unwrap(model, changing=True)
     with alone():
         check_name(name)
-        sizes = None if features is None else list(features)
-        whole = [*train, *(norms(root) if train_norms else ())]
-        config, there = PromptConfig(layers, prompt_length, gate, whole, sizes, fusion, train_bias), attentions(root)
+        if not isinstance(train_norms, bool):
+            raise LoraError(f"train_norms: got {train_norms!r}; True or False")
+        given: dict[str, Any] = {"train": _listed(train), "features": _listed(features)}  # checked by the config
+        config = PromptConfig(layers, prompt_length, gate, fusion=fusion, train_bias=train_bias, **given)
+        there = attentions(root)
+        if train_norms:
+            config = replace(config, train=[*config.train, *norms(root)])
         if layers is None:
             below = len(there) // 4 if fusion == "early" else 0  # for the features
             config = replace(config, layers=min(TOP_LAYERS, max(1, len(there) - below)))
@@ -62,6 +66,10 @@ def inject(
         linears = {} if config.matrices is None else select(root, config.matrices)
         whole_or_not(root, lambda _: install(root, adapter, fresh_parts(root, linears, config, False), True))
     return model
+
+
+def _listed(given: Any) -> Any:
+    return list(given) if isinstance(given, Sequence) and not isinstance(given, str) else given
 
 
 def norms(root: nn.Module) -> list[str]:
