@@ -143,6 +143,21 @@ def test_beside_low_rank_adapters_on_the_same_linears() -> None:
     lora.unmerge(model)
 
 
+def test_norms_that_another_adapter_trains_are_norms() -> None:
+    model = lora.inject(llama(), r=2, targets=["q_proj"], train=["input_layernorm"], name="low")
+    second(model, name="one")
+    moved(model)
+    one = model(X).logits
+    second(model, name="two", train_bias=False)
+    with lora.disabled(model):
+        before = model(X).logits
+    assert same(model(X).logits, before)
+    norms = {n.partition(".lora.")[0] for n, p in model.named_parameters() if ".lora.two." in n and n.endswith("weight")}
+    assert norms == {n for n, _ in llama().named_modules() if n.endswith("norm")}
+    lora.activate(model, "one")
+    assert same(model(X).logits, one)
+
+
 def test_refused() -> None:
     model = second()
     with pytest.raises(LoraError, match="cannot be merged|is not merged"):

@@ -75,9 +75,8 @@ def _listed(given: Any) -> Any:
 def norms(root: nn.Module) -> list[str]:
     """The ends of the names of the model's norms; the full names where other modules end so too."""
     modules = {name: module for name, module in base_modules(root) if name}
-    found = [
-        n for n, m in modules.items() if "norm" in type(m).__name__.lower() and not [*m.children()] and m._parameters
-    ]
+    parents = {name.rpartition(".")[0] for name in modules}  # by the base's names: a norm may carry adapters already
+    found = [n for n, m in modules.items() if "norm" in type(m).__name__.lower() and n not in parents and m._parameters]
     if not found:
         raise LoraError(f"train_norms: {type(root).__name__} has no norm with a weight to train; leave it out")
     short = sorted({name.rpartition(".")[2] for name in found})
