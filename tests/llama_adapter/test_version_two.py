@@ -152,7 +152,9 @@ def test_norms_that_another_adapter_trains_are_norms() -> None:
     with lora.disabled(model):
         before = model(X).logits
     assert same(model(X).logits, before)
-    norms = {n.partition(".lora.")[0] for n, p in model.named_parameters() if ".lora.two." in n and n.endswith("weight")}
+    norms = {
+        n.partition(".lora.")[0] for n, p in model.named_parameters() if ".lora.two." in n and n.endswith("weight")
+    }
     assert norms == {n for n, _ in llama().named_modules() if n.endswith("norm")}
     lora.activate(model, "one")
     assert same(model(X).logits, one)

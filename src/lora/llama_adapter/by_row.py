@@ -26,37 +26,54 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     Raises:
         LoraError: a name that is no LLaMA-Adapter of the model, one that trains more than prompts, a merged model.
     """
+    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
+        raise LoraError(f"names: got {names!r}; a list of a name or None for each row")
     root = unwrap(model)
-    before: dict[nn.Module, tuple[str, ...]] = {}
-    outer: Sequence[str | None] | None = None
+    entered = _Entered(list(names))
+    try:
+        try:
+            with alone():
+                whole_or_not(root, lambda _: entered.enter(root))
+            yield model
+        finally:
+            entered.leave(root)
+    except BaseException:
+        entered.leave(root)  # where an interrupt came before the first one was done
+        raise
 
-    def enter() -> None:
-        nonlocal outer
-        chosen = list(dict.fromkeys(name for name in names if name is not None))
+
+class _Entered:
+    """What was before a block of `rows`."""
+
+    def __init__(self, names: list[str | None]) -> None:
+        self.names = names
+        self.before: dict[nn.Module, tuple[str, ...]] | None = None
+        self.outer: Sequence[str | None] | None = None
+
+    def enter(self, root: nn.Module) -> None:
+        chosen = list(dict.fromkeys(name for name in self.names if name is not None))
         prompts = _prompts(root)
         for name in chosen:
             if check_name(name) not in prompts:
                 known = "trains more than prompts, which all rows share" if name in resident(root) else "is not there"
                 raise LoraError(f"names: {name!r} {known}; give LLaMA-Adapters of the model{near(name, prompts)}")
         refuse_merged(root)
-        before.update({host: adapters.active for _, host, adapters in hosts(root)})
+        before = {host: adapters.active for _, host, adapters in hosts(root)}
         activate_all(root, [*(name for name in acting(root) if name not in prompts), *chosen])
-        outer = set_rows(root, list(names))
+        self.outer = set_rows(root, self.names)
+        self.before = before
 
-    def leave() -> None:
-        set_rows(root, outer)
+    def leave(self, root: nn.Module) -> None:
+        """Once."""
+        if self.before is not None:
+            with later_interrupts(), alone():
+                whole_or_not(root, lambda _: self._back(root))
+                self.before = None
+
+    def _back(self, root: nn.Module) -> None:
+        set_rows(root, self.outer)
         for _, host, _ in hosts(root):
-            activate_host(host, before.get(host, ()))
-
-    if not isinstance(names, Sequence) or isinstance(names, str) or not names:
-        raise LoraError(f"names: got {names!r}; a list of a name or None for each row")
-    with alone():
-        whole_or_not(root, lambda _: enter())
-    try:
-        yield model
-    finally:
-        with later_interrupts(), alone():
-            whole_or_not(root, lambda _: leave())
+            activate_host(host, (self.before or {}).get(host, ()))
 
 
 def _prompts(root: nn.Module) -> list[str]:

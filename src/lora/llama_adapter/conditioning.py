@@ -36,15 +36,24 @@ def condition(model: nn.Module, features: Tensor, name: str | None = None) -> It
     assert encoder is not None
     given = Condition(encoder, _checked(features, (encoder.tokens, encoder.dim)))
     before = {part: part.condition for part in parts}
-    try:
-        with alone():
-            for part in parts:
-                part.condition = given
-        yield model
-    finally:
+
+    def leave() -> None:
         with later_interrupts(), alone():
             for part, held in before.items():
                 part.condition = held
+            before.clear()
+
+    try:
+        try:
+            with alone():
+                for part in parts:
+                    part.condition = given
+            yield model
+        finally:
+            leave()
+    except BaseException:
+        leave()  # where an interrupt came before the first one was done
+        raise
 
 
 def _reader(root: nn.Module, name: str | None) -> str:
