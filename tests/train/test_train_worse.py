@@ -22,8 +22,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worse(base: Path, folder: Path, **changes: Any) -> Recipe:
     """Steps that are far too long, measured after each; it stops at the second, which is worse than the first."""
     fields = {
-        "targets": ["v_proj", "o_proj"], "alpha": 200, "lr": 1.0, "warmup_steps": 0, "eval_share": 0.3, "eval_every": 1,
-        "early_stop": 1,
+        "targets": ["gate_proj", "up_proj", "down_proj"], "alpha": 200, "lr": 1.0, "warmup_steps": 0, "seed": 2,
+        "dropout": 0.0, "schedule": "constant", "eval_share": 0.3, "eval_every": 1, "early_stop": 1,
     }  # fmt: skip
     return recipe_of(base, folder, **{**fields, **changes})
 
@@ -44,6 +44,6 @@ def test_without_the_check_it_is_a_warning_and_the_loss_is_the_saved_adapters(ba
 def test_with_the_check_it_fails_and_all_lines_are_told_before(base: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=400)
     with pytest.raises(CheckError, match="loss: failed: .* held-out rows"):
-        run(worse(base, tmp_path, targets="all-linear", alpha=32, max_steps=1, check=True), console=console)
+        run(worse(base, tmp_path, max_steps=1, check=True), console=console)
     told = console.file.getvalue()  # type: ignore[attr-defined]
     assert "read back: ok" in told and "stops: not judged" in told and "loss: failed" in told

@@ -81,7 +81,7 @@ class Verbs(RuleBasedStateMachine):
                         # A merge exchanges the values of the copy with the base's.
                         holder = self.model.get_submodule(host_name) if self.merged else part.module
                         for n, p in part.module.named_parameters():
-                            mine.get_parameter(n).copy_(holder.get_parameter(n) if p.requires_grad else p)
+                            mine.get_parameter(n).copy_(holder.get_parameter(n) if n in part.trained else p)
         return plain(X.double())
 
     @invariant()
@@ -184,8 +184,9 @@ class Verbs(RuleBasedStateMachine):
     def remove(self, name: str | None) -> None:
         with self.refused_when(not self.there if name is None else name not in self.there):
             lora.remove(self.model, name)
-            self.merged = False
-            for gone in list(self.there) if name is None else [name]:
+            leaving = list(self.there) if name is None else [name]
+            self.merged = self.merged and not set(leaving) & set(self.active)  # an idle one leaves a merged one alone
+            for gone in leaving:
                 del self.there[gone]
             self.active = [n for n in self.active if n in self.there]
             if not self.there:
