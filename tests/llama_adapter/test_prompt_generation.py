@@ -1,5 +1,6 @@
 """A LLaMA-Adapter while tokens are generated: caches, padding, beams, packs, and another adapter for each row."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -158,6 +159,17 @@ def alone(model: Any, name: str | None, row: Tensor) -> Tensor:
     logits = model(row).logits
     lora.activate(model, "low")
     return logits
+
+
+def test_rows_warn_of_checkpoints_that_would_not_notice_others(three: Any) -> None:
+    three.train().enable_input_require_grads()
+    for reentrant in (True, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            three.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            with llama_adapter.rows(three, ["a", None]):
+                three(X, use_cache=False).logits.sum().backward()
+        assert any("call backward() within the block" in str(each.message) for each in told) == reentrant
 
 
 def test_each_row_has_the_adapter_of_its_name(three: Any) -> None:

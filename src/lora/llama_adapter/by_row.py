@@ -1,14 +1,16 @@
 """rows: another LLaMA-Adapter, or none, for each row of a batch."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from ..atomic import alone, later_interrupts, whole_or_not
 from ..config import check_name
-from ..errors import LoraError, near
-from ..layers import hosts, set_rows
+from ..errors import LoraError, LoraWarning, near
+from ..layers import base_modules, hosts, set_rows
 from ..layers.host import activate as activate_host
 from ..resident import acting, activate_all, refuse_merged, resident, unwrap
 
@@ -29,6 +31,12 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     if not isinstance(names, Sequence) or isinstance(names, str) or not names:
         raise LoraError(f"names: got {names!r}; a list of a name or None for each row")
     root = unwrap(model)
+    if root.training and _reentrant(root):
+        warnings.warn(
+            "model: its checkpoints are reentrant and compute layers again in backward, with the rows of then: "
+            "call backward() within the block, or lora.prepare(model), whose checkpoints raise an error instead",
+            LoraWarning, stacklevel=3,
+        )  # fmt: skip
     entered = _Entered(list(names))
     try:
         try:
@@ -40,6 +48,15 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     except BaseException:
         entered.leave(root)  # where an interrupt came before the first one was done
         raise
+
+
+def _reentrant(root: nn.Module) -> bool:
+    """Whether a layer is computed again by torch's older checkpoints, which notice no other rows."""
+    functions: list[Any] = [
+        getattr(module, "_gradient_checkpointing_func", None)
+        for _, module in base_modules(root) if getattr(module, "gradient_checkpointing", False) is True
+    ]  # fmt: skip
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 class _Entered:
