@@ -60,7 +60,7 @@ def _arrow_rows(path: Path) -> list[Any]:
 
     try:
         with pa.memory_map(str(path)) as file:
-            return rows_of(pa.ipc.open_stream(file).read_all())
+            return rows_of(pa.ipc.open_stream(file, options=pa.ipc.IpcReadOptions(use_threads=False)).read_all())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} is not a readable Arrow file: {error}") from error
 
